@@ -2,7 +2,8 @@
 
 text  nbs/NAME.ipynb -> .nbtext/NAME.py (jupytext's percent format; outputs stay in the notebook)
 make  .nbtext/NAME.py -> nbs/NAME.ipynb, keeping the outputs of cells that did not change
-run   execute nbs/NAME.ipynb top to bottom and store its outputs (`--check`: execute, store nothing)
+run   execute nbs/NAME.ipynb top to bottom and store its outputs (`--check`: execute, store nothing); cells with `#| eval: false`
+      or `#| cuda` are left as they are
 """
 import argparse
 import os
@@ -16,6 +17,22 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+
+class Runner(NotebookClient):
+    "Executes a notebook as a reader on two CPU cores would: what needs longer or a GPU keeps its stored output."
+
+    async def async_execute_cell(self, cell, *args, **kwargs):
+        if any(line.replace(" ", "") in ("#|eval:false", "#|cuda") for line in cell.source.splitlines()):
+            return cell
+        return await super().async_execute_cell(cell, *args, **kwargs)
+
+
+def execute(path, timeout=900):
+    "The notebook, executed where it lies. Raises CellExecutionError."
+    notebook = nbformat.read(path, 4)
+    Runner(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}).execute()
+    return notebook
 
 
 def save(notebook, path):
@@ -56,8 +73,8 @@ def to_notebook(name):
 
 def run(name, check=False, timeout=900):
     path = ROOT / "nbs" / f"{name}.ipynb"
-    notebook, start = nbformat.read(path, 4), time.time()
-    NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    start = time.time()
+    notebook = execute(path, timeout)
     if not check:
         save(notebook, path)
     print(f"{name}: {time.time() - start:.0f} s, {path.stat().st_size / 1e6:.2f} MB")
