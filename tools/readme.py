@@ -1,4 +1,5 @@
 """README.md from nbs/index.ipynb: prose and code as they stand, cells with `#| hide` and all set-up left out (`--check`: compare only)."""
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def readme() -> str:
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "remove"]
     config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["remove"]}})
     text, _ = MarkdownExporter(config=config).from_notebook_node(notebook)
-    return NOTE + text.strip().replace("(../", "(").replace('"../', '"') + "\n"  # paths are seen from nbs/ in the notebook
+    text = re.sub(r"\]\((?![a-z]+:|#|\.\./)", "](nbs/", text)  # the notebook's paths are seen from nbs/
+    return NOTE + text.strip().replace("](../", "](") + "\n"
 
 
 if __name__ == "__main__":

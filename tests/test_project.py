@@ -1,0 +1,283 @@
+"""What holds the house together: twins, layers, exports, imports, notebooks as a reader meets them, the wheel."""
+import ast
+import configparser
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if path.stem[:2].isdigit()]
+MODULES = {path.stem.split("_", 1)[1]: int(path.stem[:2]) for path in CHAPTERS}  # name: chapter number
+SET_UP = '''#| hide
+import importlib.util, glob
+if importlib.util.find_spec("fantasy_nb") is None:  # a fresh Colab: install the wheel lying beside this notebook
+    wheels = sorted(glob.glob("fantasy_nb-*.whl")) or ["(no fantasy_nb wheel beside this notebook: make one with `make wheel`)"]
+    get_ipython().run_line_magic("pip", f"install -q {wheels[-1]}")'''
+
+
+def cells(path, kind="code"):
+    return [cell | {"source": "".join(cell["source"])} for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def python(code, folder, timeout=120, **env):
+    "Run code in a fresh interpreter, away from the checkout."
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=os.environ | env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+# --- twins
+
+
+def test_settings_ini_is_the_twin_of_pyproject():
+    ini = configparser.ConfigParser()
+    ini.read(ROOT / "settings.ini")
+    ini, project, nbdev = ini["DEFAULT"], PROJECT["project"], PROJECT["tool"]["nbdev"]
+    for key in ("version", "description"):
+        assert ini[key] == project[key], key
+    assert ini["repo"].replace("-", "_") == ini["lib_name"] == project["name"] == nbdev["lib_name"]
+    for key in ("nbs_path", "lib_path", "doc_path", "readme_nb"):
+        assert ini[key] == nbdev[key], key
+    assert project["requires-python"].startswith(f">={ini['min_python']},")
+    assert (ini["license"], project["license"]) == ("apache2", "Apache-2.0")
+    assert ini["author"] == project["authors"][0]["name"]
+    assert ini["keywords"].split() == [word.replace(" ", "-") for word in project["keywords"]]
+    assert ini["requirements"].split() == project["dependencies"]
+    for extra, packages in project["optional-dependencies"].items():
+        assert ini[f"{extra}_requirements"].split() == packages, extra
+    assert ini["console_scripts"].split() == [f"{name}={place}" for name, place in project.get("scripts", {}).items()]
+
+
+def test_version_is_one():
+    import fantasy_nb
+
+    assert fantasy_nb.__version__ == PROJECT["project"]["version"]
+
+
+def test_environment_yml_installs_what_pyproject_says():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == "fantasy-nb"
+    conda, (pip,) = environment["dependencies"][:-1], environment["dependencies"][-1].values()
+    assert f"python{PROJECT['project']['requires-python']}" in conda
+    assert [d for d in conda if not d.startswith(("python", "pip"))] == []  # no second place for pins
+    assert pip == ["--constraint constraints.txt", "--editable .[dev,docs]"]
+    assert set("dev,docs".split(",")) <= PROJECT["project"]["optional-dependencies"].keys()
+
+
+def test_constraints_agree_with_pyproject_and_with_what_is_installed():
+    from importlib.metadata import version
+
+    from packaging.requirements import Requirement
+
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pins = {r.name: next(iter(r.specifier)).version for r in map(Requirement, lines)}
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    for wanted in map(Requirement, [*PROJECT["project"]["dependencies"], *(p for group in extras for p in group)]):
+        if wanted.name in pins:
+            assert pins[wanted.name] in wanted.specifier, wanted
+    assert pins["torch"] == version("torch").split("+")[0]
+    assert pins["opencv-python"] == pins["opencv-contrib-python"]  # they share one folder
+
+
+def test_console_scripts_are_real():
+    for name, place in PROJECT["project"].get("scripts", {}).items():
+        module, function = place.split(":")
+        assert callable(getattr(importlib.import_module(module), function)), name
+
+
+# --- layers and exports
+
+
+def test_export_in_step():
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import in_step
+    finally:
+        sys.path.pop(0)
+    assert "\n".join(in_step.differences()) == ""
+
+
+def imported(path):
+    "Names of fantasy_nb's modules that a file imports, anywhere in it."
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            inside = "fantasy_nb." * bool(node.level) + (node.module or "")
+            names = [inside] if inside not in ("fantasy_nb", "fantasy_nb.") else [f"fantasy_nb.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("fantasy_nb."))
+
+
+def test_the_layer_test_can_fail(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f():\n    from .train import train\nimport fantasy_nb.animate\nfrom fantasy_nb import flow\nfrom fantasy_nb.core import x\n")
+    assert sorted(imported(bad)) == ["animate", "core", "flow", "train"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_to_lower_chapters(module):
+    for other in imported(ROOT / "fantasy_nb" / f"{module}.py"):
+        assert other in MODULES and MODULES[other] < MODULES[module], f"{module} imports {other}"
+
+
+def test_one_chapter_one_module():
+    modules = {path.stem for path in (ROOT / "fantasy_nb").glob("*.py")} - {"__init__", "_modidx"}
+    assert modules == MODULES.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_exported_name_has_a_docstring(module):
+    module = importlib.import_module(f"fantasy_nb.{module}")
+    assert module.__all__
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if inspect.isfunction(thing) or inspect.isclass(thing):
+            doc = inspect.getdoc(thing) or ""
+            assert len(doc) > 10 and not doc.startswith(f"{name}("), f"{module.__name__}.{name}: {doc!r}"
+
+
+# --- imports: quick, light, offline
+
+
+@pytest.mark.parametrize("module", ["", *(f".{name}" for name in MODULES)])
+def test_import_is_quick_and_light(module, tmp_path):
+    # torch and diffusers are the platform, not ours: their own import time is paid before the clock starts
+    code = f"""
+import sys, time, torch
+{'import diffusers, diffusers.models.modeling_utils, diffusers.configuration_utils' if module[1:] in HEAVY else ''}
+start = time.perf_counter()
+import fantasy_nb{module}
+print(time.perf_counter() - start, *(name for name in ('mediapipe', 'jax', 'matplotlib.pyplot', 'skimage') if name in sys.modules))"""
+    seconds, *loaded = python(code, tmp_path).split()
+    assert loaded == []
+    assert float(seconds) < 3
+
+
+HEAVY = {"dit", "regions", "data", "train", "animate", "exprbench", "pretrained", "playground"}
+
+
+def test_nothing_touches_the_network(tmp_path):
+    code = f"""
+import socket
+def refuse(*args, **kwargs): raise AssertionError(f"network: {{args}}")
+socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
+import importlib
+for name in {list(MODULES)}: importlib.import_module("fantasy_nb." + name)
+from fantasy_nb.core import data_samples
+if (data_samples("weights") / "tiny").is_dir():
+    from fantasy_nb.animate import PortraitPipeline
+    PortraitPipeline.from_pretrained("tiny")
+    print("loaded")
+"""
+    out = python(code, tmp_path, HF_HUB_OFFLINE="0")
+    assert out.strip() == ("loaded" if (ROOT / "data_samples" / "weights" / "tiny").is_dir() else "")
+
+
+# --- notebooks as a reader meets them
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_set_up_cell(path):
+    code = cells(path)
+    assert code[0]["source"].startswith("#| default_exp ")
+    assert code[0]["source"].split()[-1] == path.stem.split("_", 1)[1]
+    assert code[1]["source"] == SET_UP
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_opening(path):
+    title, *rest = cells(path, "markdown")[0]["source"].strip().splitlines()
+    assert title.startswith("# ")
+    assert any(line.startswith("> ") for line in rest)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_outputs(path):
+    notebook = json.loads(path.read_text())
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert path.stat().st_size < 1.5e6
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and "raises-exception" not in cell["metadata"].get("tags", []):
+            assert not [o for o in cell["outputs"] if o["output_type"] == "error"]
+        for output in cell.get("outputs", []):
+            shown = json.dumps(output)
+            assert str(Path.home()) + "/" not in shown and "/work/" not in shown, "a stored output names a folder of the author's machine"
+    drawn = [c for c in cells(path) if any("image/png" in o.get("data", {}) or "text/html" in o.get("data", {}) for o in c["outputs"])]
+    assert drawn or path.stem == "index", "no picture stored"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_links_away_that_may_be_dead(path):
+    for cell in cells(path, "markdown"):
+        assert "](http" not in cell["source"].replace("](https://arxiv.org/", ""), cell["source"][:200]
+        assert "<img src=\"http" not in cell["source"]
+
+
+def test_readme_is_made_from_the_index():
+    done = subprocess.run([sys.executable, ROOT / "tools" / "readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_links_lead_somewhere():
+    import re
+
+    text = (ROOT / "README.md").read_text()
+    targets = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    assert targets
+    for target in targets:
+        assert target.startswith("https://arxiv.org/") or (ROOT / target).exists(), target
+
+
+# --- the wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # built from what git would hand out, so that the checkout stays clean
+    tracked = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source], check=True)
+    (made,) = folder.glob("fantasy_nb-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", made], check=True)
+    return made, folder / "site"
+
+
+def test_wheel_holds_the_samples_and_nothing_else(wheel):
+    made, _ = wheel
+    names = [name for name in zipfile.ZipFile(made).namelist() if ".dist-info/" not in name]
+    samples = {f"fantasy_nb/{p.relative_to(ROOT)}" for p in (ROOT / "data_samples").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert samples <= set(names)
+    assert {name.split("/")[0] for name in names} == {"fantasy_nb"}
+    assert "licenses/LICENSE" in " ".join(zipfile.ZipFile(made).namelist())
+
+
+def test_wheel_works_in_an_empty_folder(wheel, tmp_path):
+    _, site = wheel
+    code = f"""
+import sys; sys.path.insert(0, {str(site)!r})
+import importlib, fantasy_nb
+assert fantasy_nb.__file__.startswith({str(site)!r}), fantasy_nb.__file__
+for name in {list(MODULES)}: importlib.import_module("fantasy_nb." + name)
+from fantasy_nb.core import data_samples
+print(data_samples())"""
+    if not any((ROOT / "data_samples").rglob("*.*")):
+        pytest.skip("no samples yet")
+    assert python(code, tmp_path).strip() == str(site / "fantasy_nb" / "data_samples")
