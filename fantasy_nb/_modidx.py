@@ -122,7 +122,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fantasy_nb.expression.Hourglass.forward': ( 'expression.html#hourglass.forward',
                                                                                     'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.fit_size': ('expression.html#fit_size', 'fantasy_nb/expression.py'),
-                                       'fantasy_nb.expression.own_name': ('expression.html#own_name', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.release_name': ('expression.html#release_name', 'fantasy_nb/expression.py')},
             'fantasy_nb.flow': { 'fantasy_nb.flow.FlowLoss': ('flow.html#flowloss', 'fantasy_nb/flow.py'),
                                  'fantasy_nb.flow.FlowPair': ('flow.html#flowpair', 'fantasy_nb/flow.py'),
