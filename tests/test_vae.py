@@ -1,0 +1,150 @@
+"Chapter 05: the causal VAE against diffusers' AutoencoderKLWan, causality, borders, files and the shipped tiny weights."
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fantasy_nb.core import data_samples
+from fantasy_nb.vae import CausalConv3d, VAEConfig, VideoVAE, charbonnier, measure_latents, train_vae
+
+SHARED = Path(__file__).parents[2] / "shared"
+SMALL_WAN = replace(VAEConfig.wan(), widths=(16, 32, 64, 64))
+
+
+def video(frames, height=32, width=48, batch=1, seed=0):
+    return torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def wan_pair():
+    "Our VAE in Wan's form and diffusers' with the same weights, moved by diffusers' own key map."
+    from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    torch.manual_seed(0)
+    ours = VideoVAE(SMALL_WAN).eval()
+    for name, parameter in ours.named_parameters():
+        if name.endswith("gamma"): torch.nn.init.normal_(parameter.data, 1.0, 0.1)
+    theirs = AutoencoderKLWan(base_dim=16, dim_mult=[1, 2, 4, 4]).eval()
+    released = {name.removeprefix("model."): tensor.clone() for name, tensor in ours.release_state_dict().items()}
+    theirs.load_state_dict(convert_wan_vae_to_diffusers(released), strict=True)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17])
+@torch.no_grad()
+def test_equals_diffusers(wan_pair, frames):
+    ours, theirs = wan_pair
+    x = video(frames)
+    want = theirs.encode(x).latent_dist
+    got = ours.posterior(x)
+    for a, b in ((got.mean, want.mean), (got.log_variance, want.logvar)):
+        assert ((a - b).norm() / b.norm()).item() < 1e-4
+    latents = ours.encode(x)
+    back, want_back = ours.decode(latents), theirs.decode(want.mean).sample
+    assert back.shape == x.shape
+    assert ((back - want_back).norm() / want_back.norm()).item() < 1e-4
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared reference folder")
+def test_wan_names_and_shapes():
+    official = json.loads((SHARED / "reference" / "official_keys.json").read_text())["vae_wan21"]
+    with torch.device("meta"):
+        ours = VideoVAE(replace(VAEConfig.wan(), latents_mean=(), latents_std=()))
+    assert {name: list(tensor.shape) for name, tensor in ours.release_state_dict().items()} == official
+    assert sum(p.numel() for p in ours.parameters()) == 126_892_531
+
+
+def test_release_round_trip_and_refusal():
+    torch.manual_seed(0)
+    one, two = VideoVAE(SMALL_WAN), VideoVAE(SMALL_WAN)
+    released = one.release_state_dict()
+    two.load_release_state_dict({name.removeprefix("model."): tensor for name, tensor in released.items()})
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    released.pop("model.conv1.weight")
+    with pytest.raises(ValueError, match="1 names missing"): two.load_release_state_dict(released)
+
+
+def disturbed(config):
+    "A VAE whose zero-initialised layers are not zero, so that nothing is hidden."
+    torch.manual_seed(0)
+    vae = VideoVAE(config).eval()
+    for layer in (vae.encoder.leave, vae.decoder.leave): torch.nn.init.normal_(layer.weight, std=0.05)
+    return vae
+
+
+@pytest.mark.parametrize("config", [SMALL_WAN, VAEConfig.tiny()], ids=["wan", "tiny"])
+@torch.no_grad()
+def test_causal(config):
+    vae, x = disturbed(config), video(13)
+    z = vae.encode(x)
+    for k in (1, 4, 5, 12):
+        y = x.clone()
+        y[:, :, k] = -y[:, :, k]
+        moved = (vae.encode(y) != z).flatten(3).any(-1).any(1)[0]
+        first = (k + 3) // 4
+        assert not moved[:first].any() and moved[first]
+    other = z.clone()
+    other[:, :, 2] += 1
+    changed = (vae.decode(other) != vae.decode(z)).any(1).flatten(2).any(-1)[0]
+    assert not changed[:5].any() and changed[5:9].all()
+
+
+def test_causal_conv_looks_back_only():
+    conv = CausalConv3d(1, 1, (3, 1, 1))
+    x = torch.zeros(1, 1, 5, 1, 1)
+    x[:, :, 2] = 1
+    assert ((conv(x) - conv.bias.view(1, -1, 1, 1, 1)).flatten().abs() > 1e-7).tolist() == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13])
+def test_shapes(frames):
+    vae = VideoVAE(VAEConfig.tiny())
+    z = vae.encode(video(frames, 24, 40, batch=2))
+    assert z.shape == (2, 48, (frames + 3) // 4, 3, 5)
+    assert vae.decode(z).shape == (2, 3, frames, 24, 40)
+
+
+@pytest.mark.parametrize("shape, words", [((1, 3, 12, 16, 16), "trim to 9 or pad to 13"), ((1, 3, 5, 20, 16), "crop to 16x16"), ((1, 1, 5, 16, 16), "want a video"), ((3, 5, 16, 16), "want a video")])
+def test_clear_errors(shape, words):
+    with pytest.raises(ValueError, match=words): VideoVAE(VAEConfig.tiny()).encode(torch.zeros(shape))
+
+
+def test_decode_refuses_other_channels():
+    with pytest.raises(ValueError, match="want latents"): VideoVAE(VAEConfig.tiny()).decode(torch.zeros(1, 16, 1, 2, 2))
+
+
+def test_config_refuses_other_factors():
+    with pytest.raises(ValueError, match="8x in space"): VAEConfig(patch=2)
+
+
+def test_linear_code_starts_at_pca_and_training_moves_on(tmp_path):
+    "The linear start is the principal components' error; a few steps lower the loss; files give the same latents back."
+    torch.manual_seed(0)
+    coarse = torch.nn.functional.interpolate(torch.rand(24, 3, 3, 4, 4) * 2 - 1, (5, 32, 32), mode="trilinear")
+    vae = VideoVAE(VAEConfig.tiny())
+    vae.code.fit(coarse[:, None].unbind(0))
+    with torch.no_grad(): start = (vae.reconstruct(vae.posterior(coarse).mean) - coarse).square().mean().item()
+    assert start < 0.05 * coarse.var().item()
+    losses = []
+    train_vae(vae, (coarse[i % 6 * 4:][:4] for i in range(100)), 30, lr=3e-3, progress=lambda i, out, v: losses.append(out.error.item()))
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    measure_latents(vae, [coarse])
+    z = vae.encode(coarse)
+    torch.testing.assert_close(z.std((0, 2, 3, 4)), torch.ones(48), atol=0.02, rtol=0)
+    vae.save_pretrained(tmp_path)
+    torch.testing.assert_close(VideoVAE.from_pretrained(tmp_path).encode(coarse), z)
+    with pytest.raises(FileNotFoundError, match="config.json"): VideoVAE.from_pretrained(tmp_path / "nothing")
+
+
+def test_sampling_follows_the_generator():
+    vae, x = VideoVAE(VAEConfig.tiny()), video(5)
+    draw = lambda seed: vae.encode(x, sample=True, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+
+
+def test_charbonnier_is_squared_then_absolute():
+    assert charbonnier(torch.tensor(0.003)).item() == pytest.approx(0.003**2 / 0.06, rel=0.01)
+    assert charbonnier(torch.tensor(1.0)).item() == pytest.approx(0.97, rel=0.01)
