@@ -38,9 +38,15 @@ def stage(path: Path) -> None:
         else:
             cell.source = UP.sub(bring, cell.source)
     if path.stem == "index":
-        names = [p.stem for p in sorted(path.parent.glob("[0-9]*.ipynb"))]
+        names = [f"{title(p)} <{p.stem}>" for p in sorted(path.parent.glob("[0-9]*.ipynb"))]
         notebook.cells.append(nbformat.v4.new_markdown_cell("\n".join(["```{toctree}", ":hidden:", "", *names, "```"])))
     nbformat.write(notebook, STAGED / path.name)
+
+
+def title(path: Path) -> str:
+    "A chapter's number and title, the number once."
+    heading = next(cell.source for cell in nbformat.read(path, 4).cells if cell.source.startswith("# "))
+    return f"{path.stem[:2]} · {re.sub(r'^# *([0-9]+[ ·:.]*)?', '', heading.splitlines()[0])}"
 
 
 class Page(HTMLParser):
