@@ -46,7 +46,8 @@ def draw_tensor(
         axis.set_ticks(np.arange(len(names or ())) + 0.5, names or ())
     ax.tick_params(length=0, labelsize=8)
     for i, j in np.ndindex(x.shape) if (x.size <= 120 if numbers is None else numbers) else ():
-        ax.text(j + 0.5, i + 0.5, f"{x[i, j]:.3g}", ha="center", va="center", fontsize=7, color="white" if abs(x[i, j]) > 0.7 * limit else "black")
+        color = "white" if abs(x[i, j]) > 0.7 * limit else "black"
+        ax.text(j + 0.5, i + 0.5, f"{x[i, j]:.3g}", ha="center", va="center", fontsize=7, color=color)
     if alone:
         plt.show()
 
@@ -126,9 +127,8 @@ def show_frames(
     frames = as_frames(frames)
     columns = min(columns, len(frames))
     rows, (h, w) = -(-len(frames) // columns), frames.shape[1:3]
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(size * columns, rows * (size * h / w + 0.22 * bool(titles))), squeeze=False, layout="constrained", dpi=90
-    )
+    inches = (size * columns, rows * (size * h / w + 0.22 * bool(titles)) + 0.25 * bool(caption))
+    figure, axes = plt.subplots(rows, columns, figsize=inches, squeeze=False, layout="constrained", dpi=90)
     for ax in axes.flat:
         ax.axis("off")
     for i, (ax, frame) in enumerate(zip(axes.flat, frames)):
@@ -206,8 +206,9 @@ def show_clip(
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = base64.b64encode(write_video(Path(folder) / "clip.mp4", frames, fps, crf=20).read_bytes()).decode()
-    video = f'<video autoplay loop muted playsinline controls width="{width or frames.shape[2]}" src="data:video/mp4;base64,{data}"></video>'
-    display(HTML(f"<figure>{video}<figcaption>{caption}</figcaption></figure>"))
+    video = f'<video autoplay loop muted playsinline controls width="{width or frames.shape[2]}"'
+    source = f' src="data:video/mp4;base64,{data}"></video>'
+    display(HTML(f"<figure>{video}{source}<figcaption>{caption}</figcaption></figure>"))
 
 # %% ../nbs/00_core.ipynb #cell-049
 @contextmanager
@@ -260,8 +261,9 @@ def on_even_grid(
 ) -> np.ndarray:  # (n,) which frame to show at 0, 1/fps, 2/fps ...
     "Put frames that come at uneven times on an even grid: repeat over gaps, thin out bursts, stay in time."
     times = np.asarray(times) - times[0]
-    grid = np.arange(round(times[-1] * fps) + 1) / fps
-    return np.searchsorted(times, grid + 0.5 / fps, side="right") - 1
+    gap = np.median(np.diff(times)) if len(times) > 1 else 1 / fps
+    grid = np.arange(max(1, round((times[-1] + gap) * fps))) / fps
+    return np.searchsorted(times, grid + 0.499 * gap, side="right") - 1  # a shade under half: no ties
 
 # %% ../nbs/00_core.ipynb #cell-064
 def true_rate(
@@ -270,7 +272,7 @@ def true_rate(
 ) -> tuple[float, bool]:  # frames a second, whether the frames come evenly
     "Believe the header where the gaps between frames agree with it; else take the usual gap."
     gaps = np.diff(times)
-    if not len(gaps) or (np.abs(gaps * stated - 1) < 0.5).all():
+    if (np.abs(gaps * stated - 1) < 0.5).all() or not gaps.any():
         return stated, True
     return float(Fraction(1 / np.median(gaps)).limit_denominator(1001)), False
 
@@ -281,18 +283,20 @@ def read_video(
     fps: float | None = None,  # resample to this rate; None keeps the file's own
 ) -> tuple[np.ndarray, float]:  # uint8 RGB (f h w 3), frames a second
     "Read a video: upright, RGB, at an even rate. Raises FileNotFoundError, or ValueError where there is nothing to see."
-    frames, times, enough = [], [], float("inf") if max_frames is None else max_frames
+    if (max_frames is not None and max_frames < 1) or (fps is not None and fps <= 0):
+        raise ValueError(f"want max_frames >= 1 and fps > 0, got {max_frames} and {fps}")
+    frames, times = [], []
     with open_video(path) as (container, stream):
         rate = float(fps or stream.average_rate or 25)
         for frame in container.decode(stream):
             time = len(times) / rate if frame.time is None else frame.time
-            if times and (time - times[0]) * rate + 0.5 > enough:
+            if max_frames and times and (time - times[0]) * rate > max_frames:
                 break
             frames.append(upright(frame.to_ndarray(format="rgb24"), display_matrix(frame)))
             times.append(time)
     if not frames:
         raise ValueError(f"no frames in {path}")
-    rate, even = (fps, False) if fps else true_rate(times, rate)
+    rate, even = (rate, False) if fps else true_rate(times, rate)
     keep = range(len(frames)) if even else on_even_grid(times, rate)
     return np.stack([frames[i] for i in keep][:max_frames]), rate
 
