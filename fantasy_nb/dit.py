@@ -296,7 +296,8 @@ def read_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
             raise FileNotFoundError(f"{path}: no such file; want a folder made by save_pretrained")
     config = json.loads((Path(folder) / "config.json").read_text())
     config = {name: value for name, value in config.items() if not name.startswith("_")}
-    return config, load_file(Path(folder) / WEIGHTS, device=str(device))
+    state = load_file(Path(folder) / WEIGHTS, device=str(device))
+    return config, {name: p.clone() if p.data_ptr() % 64 else p for name, p in state.items()}  # fast kernels want aligned memory
 
 # %% ../nbs/06_dit.ipynb #cell-020
 @torch.no_grad()
@@ -392,12 +393,12 @@ class DiT(nn.Module):
             for block in self.blocks
         ]
 
-    def guards(self, memories: list[dict], mask: Tensor | None, scale: float | Tensor, x: Tensor) -> dict:
-        "What the expression memory needs beside its keys: who may attend, how strongly. Made once, used by every block."
+    def guards(self, memories: list[dict], mask: Tensor | None, scale: float | Tensor, shape: tuple[int, int, int]) -> dict:
+        "What the expression memory wants beside its keys: who may attend, how strongly. Made once, used by every block."
         if "expression" not in memories[0]:
             return {}
-        frames = x.shape[2] // self.config.patch[0]
-        return {"expression": self.blocks[0].cross_attention.memories["expression"].guard(mask, scale, frames, x)}
+        memory, (key, _) = self.blocks[0].cross_attention.memories["expression"], memories[0]["expression"]
+        return {"expression": memory.guard(key, mask, scale, shape)}
 
     def forward(
         self,
@@ -416,7 +417,7 @@ class DiT(nn.Module):
             memories = self.prepare(text, image, expression)
         if isinstance(expression_scale, (int, float)) and expression_scale == 0:
             memories = [{name: kv for name, kv in block.items() if name != "expression"} for block in memories]
-        guards = self.guards(memories, expression_mask, expression_scale, x)
+        guards = self.guards(memories, expression_mask, expression_scale, (len(x), grid[0], grid[1] * grid[2]))
         rope = rope_3d(grid, self.config.width // self.config.heads, x.device)
         embedded = self.time_embedding(time_features(t, self.config.frequencies).to(self.time_embedding[0].weight.dtype))
         time = self.time_projection(embedded).float().unflatten(1, (6, -1))

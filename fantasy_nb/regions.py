@@ -162,18 +162,26 @@ class ExpressionAttention(nn.Module):
         split = lambda z: rearrange(z, "b t e (k d) -> (b t) e k d", k=self.heads)
         return split(self.key(tokens)), split(self.value(tokens))
 
-    def guard(self, mask: Tensor | None, scale: float | Tensor, frames: int, x: Tensor) -> Guard:
-        "Mask (b t n e) -> what attention adds to its logits, and the factor of the branch."
-        if isinstance(scale, Tensor):
-            scale = scale.to(x.dtype).view(-1, 1, 1, 1)
+    def guard(
+        self,
+        key: Tensor,  # (b*t e k d)
+        mask: Tensor | None,  # (b t n e) bool, or (1 t n e) for all samples
+        scale: float | Tensor,  # or (b,)
+        shape: tuple[int, int, int],  # samples, latent frames, tokens of one
+    ) -> Guard:
+        "Mask -> what attention adds to its logits, and the factor of the branch. Raises ValueError for shapes that do not fit."
+        batch, frames, tokens = shape
+        if len(key) != batch * frames:
+            raise ValueError(f"want expression tokens (b t e d) for {batch} x {frames} latent frames, got {len(key)} in all")
+        scale = scale.to(key.dtype).view(-1, 1, 1, 1) if isinstance(scale, Tensor) else scale
         if mask is None:
             return Guard(None, scale)
-        if mask.ndim != 4 or mask.shape[1] != frames:
-            raise ValueError(f"want a mask (b {frames} n e), got {tuple(mask.shape)}")
-        mask = mask.expand(x.shape[0], -1, -1, -1).flatten(0, 1)
+        if mask.ndim != 4 or mask.shape[1:] != (frames, tokens, key.shape[1]) or len(mask) not in (1, batch):
+            raise ValueError(f"want a mask {(batch, frames, tokens, key.shape[1])}, got {tuple(mask.shape)}")
+        mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)
         sees = mask.any(-1, keepdim=True)
-        bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask & sees, -torch.inf)
-        return Guard(bias[:, None], scale * rearrange(sees, "(b t) n 1 -> b (t n) 1 1", t=frames).to(x.dtype))
+        bias = torch.zeros_like(mask, dtype=key.dtype).masked_fill_(sees & ~mask, -torch.inf)
+        return Guard(bias[:, None], scale * rearrange(sees, "(b t) n 1 -> b (t n) 1 1", t=frames).to(key.dtype))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, guard: Guard) -> Tensor:  # (b n k d) -> (b n k d)
         frames = key.shape[0] // query.shape[0]
