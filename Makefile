@@ -65,7 +65,7 @@ docs: $(READY) ## the book as a site, without the network: docs/_build/html/inde
 
 lab: $(READY) ## read and run the book in JupyterLab
 	@$(BIN)/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" 2>/dev/null || true
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs $$([ "$$(id -u)" = 0 ] && echo --allow-root)
 
 wheel: $(READY) ## dist/fantasy_nb-*.whl, samples and weights inside
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
