@@ -148,3 +148,50 @@ def test_sampling_follows_the_generator():
 def test_charbonnier_is_squared_then_absolute():
     assert charbonnier(torch.tensor(0.003)).item() == pytest.approx(0.003**2 / 0.06, rel=0.01)
     assert charbonnier(torch.tensor(1.0)).item() == pytest.approx(0.97, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    folder = data_samples("weights", "tiny", "vae")
+    return folder, VideoVAE.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_shipped_weights_rebuild_unseen_people(tiny):
+    from fantasy_nb.faces import Scene, random_motion, render_scene
+
+    folder, vae = tiny
+    frames, boxes, _ = render_scene(Scene.sample(2, 910_003), [random_motion(9, 910_003 + i) for i in range(2)], (128, 192))
+    clip = frames.transpose(0, 1)[None] * 2 - 1
+    z = vae.encode(clip)
+    error = ((clip - vae.decode(z)) / 2) ** 2
+    assert -10 * error.mean().log10() > 32
+    for x0, y0, x1, y1 in boxes[4].int().tolist():
+        assert -10 * error[:, :, 4, y0:y1, x0:x1].mean().log10() > 26
+    assert z.shape == (1, 48, 3, 16, 24) and 0.5 < z.std() < 2 and z.mean().abs() < 0.3
+    assert (folder / "model.safetensors").stat().st_size <= 4.0e6
+
+
+@torch.no_grad()
+def test_shipped_weights_bear_disturbed_latents(tiny):
+    "Latents a little off still decode to nearly the same picture: what a DiT hands over is never exact."
+    _, vae = tiny
+    z = torch.randn(1, 48, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    moved = vae.decode(z + 0.05 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1)))
+    assert (moved - vae.decode(z)).abs().mean() < 0.05
+
+
+def test_linear_code_finds_the_components():
+    "Blocks that lie in 48 dimensions come back exactly, and the latents have unit variance."
+    from fantasy_nb.vae import LinearCode, from_blocks
+
+    g = torch.Generator().manual_seed(0)
+    basis = torch.randn(48, 768, generator=g) / 10
+    video = from_blocks(torch.randn(1, 3, 16, 16, 48, generator=g) @ basis)
+    video = torch.cat([video[:, :, :1], video[:, :, 1:]], 2)[:, :, 1:]  # drop frame 0: a block of one frame lies elsewhere
+    video = torch.cat([torch.zeros_like(video[:, :, :1]), video], 2)
+    code = LinearCode(48)
+    code.fit([video], noise=0.0)
+    z = code.encode(video)
+    assert (code.decode(z) - video).square().mean() < 1e-4 * video.square().mean()
+    torch.testing.assert_close(z.var((0, 2, 3, 4), correction=0), torch.ones(48), atol=0.05, rtol=0)
