@@ -28,7 +28,7 @@ def flow_pair(
     t: Tensor,      # (b,) in [0, 1]
     noise: Tensor,  # (b ...) standard normal
 ) -> FlowPair:
-    "x_t = (1 - t) x0 + t noise and its velocity noise - x0 (paper section 3.1; sign as its x_t demands)."
+    "x_t = (1 - t) x0 + t noise and its velocity noise - x0 (the paper's flow matching, with the sign its x_t demands)."
     t = like(t, x0)
     return FlowPair((1 - t) * x0 + t * noise, noise - x0)
 
@@ -52,8 +52,10 @@ def uniform_times(n: int, shift: float = 1.0, generator: torch.Generator | None 
     return shift_time(_draw(torch.rand, n, generator, device), shift)
 
 
-def logit_normal_times(n: int, shift: float = 1.0, mean: float = 0.0, std: float = 1.0, generator: torch.Generator | None = None, device=None) -> Tensor:
-    "n training times t = sigmoid(mean + std * normal), then shifted (paper section 3.1)."
+def logit_normal_times(
+    n: int, shift: float = 1.0, mean: float = 0.0, std: float = 1.0, generator: torch.Generator | None = None, device=None
+) -> Tensor:
+    "n training times t = sigmoid(mean + std * normal), then shifted; the paper's choice."
     return shift_time(torch.sigmoid(mean + std * _draw(torch.randn, n, generator, device)), shift)
 
 # %% ../nbs/08_flow.ipynb #cell-014
@@ -188,7 +190,7 @@ def guide(
     v_uncond: Tensor | None = None,   # (b ...) neither; only with text guidance
     g_text: float | None = None,      # text guidance
 ) -> Tensor:
-    "Expression guidance, and text guidance where `v_uncond` is given (paper section 3.4)."
+    "Expression guidance as in the paper, and text guidance where `v_uncond` is given."
     if (v_uncond is None) != (g_text is None): raise ValueError("text guidance wants both v_uncond and g_text, got one of them")
     base = v_no_expr if v_uncond is None else v_uncond + g_text * (v_no_expr - v_uncond)
     return base + g * (v_expr - v_no_expr)
