@@ -38,6 +38,7 @@ def execute(path, timeout=900):
 def save(notebook, path):
     "Write atomically, with stable cell ids and only the metadata a reader's Jupyter needs."
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    notebook.cells = [cell for cell in notebook.cells if cell.source.strip()]
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:03d}"
         cell.metadata = {k: v for k, v in cell.metadata.items() if k in ("tags", "jupyter")}
