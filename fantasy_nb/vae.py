@@ -6,7 +6,7 @@
 __all__ = ['RELEASED_NAMES', 'RESIDUAL', 'check_video', 'to_blocks', 'from_blocks', 'with_one', 'neighbours', 'gram',
            'LinearCode', 'CausalConv3d', 'ChannelNorm', 'ResidualBlock', 'FrameAttention', 'each_frame', 'Downsample',
            'Upsample', 'VAEConfig', 'middle_blocks', 'Encoder', 'Decoder', 'Posterior', 'released_name', 'VideoVAE',
-           'charbonnier', 'edge_error', 'VAELoss', 'vae_loss', 'train_vae', 'measure_latents']
+           'charbonnier', 'edge_error', 'VAELoss', 'vae_loss', 'train_vae', 'measure_latents', 'channel_cost']
 
 # %% ../nbs/05_vae.ipynb #cell-003
 import json
@@ -22,15 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from .core import zero_
 
-# %% ../nbs/05_vae.ipynb #cell-011
+# %% ../nbs/05_vae.ipynb #cell-010
 def check_video(video: Tensor) -> None:
     "Refuse shapes the latent grid cannot hold."
     if video.ndim != 5 or video.shape[1] != 3: raise ValueError(f"want a video (b 3 f h w), got {tuple(video.shape)}")
     f, h, w = video.shape[2:]
-    if f % 4 != 1: raise ValueError(f"want 4n+1 frames, got {f}: trim to {max((f - 1) // 4 * 4 + 1, 1)} or pad to {(f + 2) // 4 * 4 + 1}")
-    if h % 8 or w % 8: raise ValueError(f"want height and width in multiples of 8, got {h}x{w}: crop to {h // 8 * 8}x{w // 8 * 8}")
+    if f % 4 != 1:
+        raise ValueError(f"want 4n+1 frames, got {f}: trim to {max((f - 1) // 4 * 4 + 1, 1)} or pad to {(f + 2) // 4 * 4 + 1}")
+    if h % 8 or w % 8:
+        raise ValueError(f"want height and width in multiples of 8, got {h}x{w}: crop to {h // 8 * 8}x{w // 8 * 8}")
 
-# %% ../nbs/05_vae.ipynb #cell-015
+# %% ../nbs/05_vae.ipynb #cell-013
 def to_blocks(video: Tensor) -> Tensor:
     "(b c f h w) -> (b t h/8 w/8 c*4*8*8): frame 0 four times, then four frames a block."
     video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)
@@ -41,7 +43,7 @@ def from_blocks(blocks: Tensor) -> Tensor:
     "The way back; of block 0 the last frame is kept."
     return rearrange(blocks, "b t h w (c k i j) -> b c (t k) (h i) (w j)", k=4, i=8, j=8, c=3)[:, :, 3:]
 
-# %% ../nbs/05_vae.ipynb #cell-022
+# %% ../nbs/05_vae.ipynb #cell-019
 def with_one(x: Tensor) -> Tensor:
     "(n d) -> (n d+1): a column of ones for the bias."
     return F.pad(x, (0, 1), value=1.0)
@@ -61,7 +63,7 @@ def gram(rows: Iterable[tuple[Tensor, Tensor | None, Tensor]]) -> Tensor:
         count += w.sum().item()
     return total / count
 
-# %% ../nbs/05_vae.ipynb #cell-024
+# %% ../nbs/05_vae.ipynb #cell-020
 class LinearCode(nn.Module):
     "Each 8x8x4 block (768 numbers) to `latent_channels` by a matrix; back by another that also looks at the eight neighbours."
 
@@ -100,11 +102,11 @@ class LinearCode(nn.Module):
         self.up.weight.copy_(rearrange(solution[:-1], "(c i j) n -> n c 1 i j", i=3, j=3))
         self.up.bias.copy_(solution[-1])
 
-# %% ../nbs/05_vae.ipynb #cell-031
+# %% ../nbs/05_vae.ipynb #cell-026
 class CausalConv3d(nn.Conv3d):
     "A 3-D convolution that sees this frame and earlier ones only: all padding in time is put before the first frame."
 
-    def __init__(self, inner: int, outer: int, kernel: int | tuple[int, int, int], stride: tuple[int, int, int] | int = 1, pad_time: bool = True):
+    def __init__(self, inner: int, outer: int, kernel, stride=1, pad_time: bool = True):  # kernel, stride: a number or (time, height, width)
         super().__init__(inner, outer, kernel, stride)
         time, high, wide = self.kernel_size
         self.before = (wide // 2, wide // 2, high // 2, high // 2, (time - 1) * pad_time, 0)
@@ -112,7 +114,7 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:  # (b c f h w) -> (b c' f h w)
         return super().forward(F.pad(x, self.before) if any(self.before) else x)
 
-# %% ../nbs/05_vae.ipynb #cell-036
+# %% ../nbs/05_vae.ipynb #cell-030
 class ChannelNorm(nn.Module):
     "Every place's channel vector brought to length sqrt(channels), times a learnt gamma (RMS norm)."
 
@@ -124,7 +126,7 @@ class ChannelNorm(nn.Module):
         unit = F.normalize(x.float(), dim=1).to(x.dtype)  # float32: squares of bfloat16 numbers lose digits
         return unit * math.sqrt(x.shape[1]) * self.gamma
 
-# %% ../nbs/05_vae.ipynb #cell-038
+# %% ../nbs/05_vae.ipynb #cell-031
 class ResidualBlock(nn.Module):
     "Twice norm, SiLU, causal convolution; added to the input (through a 1x1x1 where the width changes)."
 
@@ -138,7 +140,7 @@ class ResidualBlock(nn.Module):
         y = self.conv1(F.silu(self.norm1(x)))
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
 
-# %% ../nbs/05_vae.ipynb #cell-041
+# %% ../nbs/05_vae.ipynb #cell-033
 class FrameAttention(nn.Module):
     "Every place of a frame attends all places of the same frame (one head)."
 
@@ -154,12 +156,12 @@ class FrameAttention(nn.Module):
         seen = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=h)
         return x + rearrange(self.out(seen), "(b f) c h w -> b c f h w", b=b)
 
-# %% ../nbs/05_vae.ipynb #cell-044
+# %% ../nbs/05_vae.ipynb #cell-035
 def each_frame(layer: Callable, x: Tensor) -> Tensor:
     "Apply a 2-D layer to all frames of (b c f h w)."
     return rearrange(layer(rearrange(x, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", b=len(x))
 
-# %% ../nbs/05_vae.ipynb #cell-046
+# %% ../nbs/05_vae.ipynb #cell-036
 class Downsample(nn.Module):
     "Half the height and width and/or half the frames; frame 0 stays alone: f = 2m+1 -> m+1."
 
@@ -173,7 +175,7 @@ class Downsample(nn.Module):
         if self.time is not None and x.shape[2] > 1: x = torch.cat([x[:, :, :1], self.time(x)], 2)
         return x
 
-# %% ../nbs/05_vae.ipynb #cell-048
+# %% ../nbs/05_vae.ipynb #cell-037
 class Upsample(nn.Module):
     "Twice the frames (frame 0 stays alone: m+1 -> 2m+1) and/or twice the height and width, there with half the channels."
 
@@ -186,10 +188,11 @@ class Upsample(nn.Module):
         if self.time is not None and x.shape[2] > 1:
             pairs = rearrange(self.time(x[:, :, 1:]), "b (two c) f h w -> b c (f two) h w", two=2)
             x = torch.cat([x[:, :, :1], pairs], 2)
-        if self.space is not None: x = each_frame(lambda frame: self.space(F.interpolate(frame, scale_factor=2.0, mode="nearest-exact")), x)
+        if self.space is not None:
+            x = each_frame(lambda frame: self.space(F.interpolate(frame, scale_factor=2.0, mode="nearest-exact")), x)
         return x
 
-# %% ../nbs/05_vae.ipynb #cell-052
+# %% ../nbs/05_vae.ipynb #cell-040
 @dataclass(frozen=True)
 class VAEConfig:
     "Dimensions of a `VideoVAE`; `wan()` is the Wan2.1 VAE, `mini()` and `tiny()` the same class with other numbers."
@@ -209,13 +212,15 @@ class VAEConfig:
         space = self.patch * 2 ** sum(self.halve_space)
         time = 2 ** sum(self.halve_time)
         if (time, space) != (4, 8): raise ValueError(f"want 4x in time and 8x in space, got {time}x and {space}x")
-        if not len(self.widths) - 1 == len(self.halve_time) == len(self.halve_space): raise ValueError("want one entry of halve_time and halve_space between two widths")
+        if not len(self.widths) - 1 == len(self.halve_time) == len(self.halve_space):
+            raise ValueError("want one entry of halve_time and of halve_space between two widths")
 
     @classmethod
     def wan(cls) -> "VAEConfig":
         "Wan2.1: 127 M parameters, 16 channels; mean and std are the released ones."
-        return cls(latents_mean=(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-                   latents_std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160))
+        mean = "-.7571 -.7089 -.9113 .1075 -.1745 .9653 -.1517 1.5508 .4134 -.0715 .5517 -.3632 -.1922 -.9497 .2503 -.2921"
+        std = "2.8184 1.4541 2.3275 2.6558 1.2196 1.7708 2.6052 2.0743 3.2687 2.1526 2.8652 1.5579 1.6382 1.1253 2.8251 1.9160"
+        return cls(latents_mean=tuple(map(float, mean.split())), latents_std=tuple(map(float, std.split())))
 
     @classmethod
     def mini(cls) -> "VAEConfig":
@@ -227,12 +232,14 @@ class VAEConfig:
         "For two CPU cores."
         return cls(48, (32, 64, 56), (True, True), (True, False), 1, 1, attention=False, patch=4, linear=True)
 
-# %% ../nbs/05_vae.ipynb #cell-055
+# %% ../nbs/05_vae.ipynb #cell-042
 def middle_blocks(width: int, attention: bool) -> nn.ModuleList:
     "The blocks at the lowest resolution."
-    return nn.ModuleList([ResidualBlock(width, width), FrameAttention(width), ResidualBlock(width, width)] if attention else [ResidualBlock(width, width)])
+    blocks = [ResidualBlock(width, width)]
+    if attention: blocks += [FrameAttention(width), ResidualBlock(width, width)]
+    return nn.ModuleList(blocks)
 
-# %% ../nbs/05_vae.ipynb #cell-057
+# %% ../nbs/05_vae.ipynb #cell-043
 class Encoder(nn.Module):
     "(b 3*patch^2 f h w) -> (b 2*latent_channels t h' w'): mean and log-variance before the last 1x1x1."
 
@@ -253,7 +260,7 @@ class Encoder(nn.Module):
         for step in [*self.steps, *self.middle]: x = step(x)
         return self.leave(F.silu(self.norm(x)))
 
-# %% ../nbs/05_vae.ipynb #cell-059
+# %% ../nbs/05_vae.ipynb #cell-044
 class Decoder(nn.Module):
     "The way back: (b latent_channels t h' w') -> (b 3*patch^2 f h w)."
 
@@ -276,7 +283,7 @@ class Decoder(nn.Module):
         for step in [*self.middle, *self.steps]: z = step(z)
         return self.leave(F.silu(self.norm(z)))
 
-# %% ../nbs/05_vae.ipynb #cell-062
+# %% ../nbs/05_vae.ipynb #cell-046
 class Posterior(NamedTuple):
     "What the encoder believes about each latent number (raw, not normalised)."
     mean: Tensor     # (b c t h w)
@@ -291,7 +298,7 @@ class Posterior(NamedTuple):
         "Mean KL divergence from N(0, 1), in nats a number."
         return 0.5 * (self.mean**2 + self.log_variance.exp() - 1 - self.log_variance).mean()
 
-# %% ../nbs/05_vae.ipynb #cell-066
+# %% ../nbs/05_vae.ipynb #cell-049
 RELEASED_NAMES = (  # (ours, released) as regular expressions, applied in this order
     (r"^to_posterior\.", "conv1."), (r"^from_latents\.", "conv2."),
     (r"\.norm1\.", ".residual.0."), (r"\.conv1\.", ".residual.2."), (r"\.norm2\.", ".residual.3."), (r"\.conv2\.", ".residual.6."),
@@ -305,7 +312,7 @@ def released_name(ours: str) -> str:
     for pattern, released in RELEASED_NAMES: ours = re.sub(pattern, released, ours)
     return "model." + ours
 
-# %% ../nbs/05_vae.ipynb #cell-070
+# %% ../nbs/05_vae.ipynb #cell-052
 RESIDUAL = 0.1  # how much of the network is added to the linear code: what is left to learn is small, so one optimiser step must be too
 
 
@@ -366,7 +373,8 @@ class VideoVAE(nn.Module):
         given = {"model." + name.removeprefix("model."): tensor for name, tensor in released.items()}
         names = {released_name(name): name for name in self.state_dict()}
         missing, extra = sorted(names.keys() - given.keys()), sorted(given.keys() - names.keys())
-        if missing or extra: raise ValueError(f"not the weights of this VAE: {len(missing)} names missing {missing[:3]}, {len(extra)} unknown {extra[:3]}")
+        if missing or extra:
+            raise ValueError(f"not the weights of this VAE: {len(missing)} names missing {missing[:3]}, {len(extra)} unknown {extra[:3]}")
         self.load_state_dict({names[name]: tensor for name, tensor in given.items()})
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -387,7 +395,7 @@ class VideoVAE(nn.Module):
         vae.load_state_dict(load_file(folder / "model.safetensors"))
         return vae.eval()
 
-# %% ../nbs/05_vae.ipynb #cell-078
+# %% ../nbs/05_vae.ipynb #cell-059
 def charbonnier(error: Tensor, softness: float = 0.03) -> Tensor:
     "Mean of sqrt(e^2 + s^2) - s: squared below `softness`, absolute above."
     return ((error.float() ** 2 + softness**2).sqrt() - softness).mean()
@@ -401,7 +409,7 @@ def edge_error(error: Tensor, scales: int = 2) -> Tensor:
         total = total + sum(charbonnier(error.diff(dim=axis)) for axis in (2, 3, 4) if error.shape[axis] > 1) / 3
     return total / scales
 
-# %% ../nbs/05_vae.ipynb #cell-080
+# %% ../nbs/05_vae.ipynb #cell-060
 class VAELoss(NamedTuple):
     "Total, and its parts."
     loss: Tensor
@@ -417,7 +425,76 @@ def vae_loss(vae: VideoVAE, video: Tensor, edges: float = 1.0, kl: float = 2e-3,
     parts = charbonnier(error), edge_error(error), posterior.kl().float()
     return VAELoss(parts[0] + edges * parts[1] + kl * parts[2], *parts)
 
-# %% ../nbs/05_vae.ipynb #cell-082
+# %% ../nbs/05_vae.ipynb #cell-061
+def train_vae(
+    config: VAEConfig | VideoVAE,        # dimensions, or a model to go on with
+    batches: Iterable[Tensor],           # endless; each (b 3 f h w) in [-1, 1]
+    steps: int,
+    lr: float = 1e-3,                    # of the network; the linear code moves at a fiftieth
+    edges: float = 1.0,
+    kl: float = 2e-3,
+    fit: Iterable[Tensor] | None = None, # videos for `LinearCode.fit`, before the first step
+    autocast: torch.dtype | None = None, # torch.bfloat16 halves the time on CPUs that know it
+    seed: int = 0,
+    progress: Callable | None = None,    # called as progress(step, VAELoss, vae)
+) -> VideoVAE:
+    "Train; AdamW with warm-up and cosine decay. Latent statistics are set afterwards by `measure_latents`."
+    torch.manual_seed(seed)
+    vae = config if isinstance(config, VideoVAE) else VideoVAE(config)
+    if fit is not None and vae.code is not None: vae.code.fit(fit)
+    code = set() if vae.code is None else set(vae.code.parameters())
+    groups = [{"params": [p for p in vae.parameters() if p not in code], "lr": lr}, {"params": list(code), "lr": lr / 50}]
+    optimiser = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1, (i + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * i / steps)))
+    for step, video in zip(range(1, steps + 1), batches):
+        with torch.autocast(video.device.type, autocast, enabled=autocast is not None): out = vae_loss(vae, video, edges, kl)
+        optimiser.zero_grad()
+        out.loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step(), schedule.step()
+        if progress: progress(step, out, vae)
+    return vae
+
+
+@torch.no_grad()
+def measure_latents(vae: VideoVAE, videos: Iterable[Tensor]) -> VideoVAE:
+    "Set latents_mean and latents_std from videos, so that `encode` returns unit-variance channels."
+    raw = torch.cat([rearrange(vae.posterior(v).mean, "b c t h w -> (b t h w) c") for v in videos])
+    stats = raw.mean(0), raw.std(0)
+    vae.set_latent_stats(replace(vae.config, latents_mean=tuple(stats[0].tolist()), latents_std=tuple(stats[1].tolist())))
+    return vae
+
+# %% ../nbs/05_vae.ipynb #cell-062
+def charbonnier(error: Tensor, softness: float = 0.03) -> Tensor:
+    "Mean of sqrt(e^2 + s^2) - s: squared below `softness`, absolute above."
+    return ((error.float() ** 2 + softness**2).sqrt() - softness).mean()
+
+
+def edge_error(error: Tensor, scales: int = 2) -> Tensor:
+    "Charbonnier of the error's differences along x, y and time, at full size and halved: eyes and lips weigh more than their area."
+    total = 0.0
+    for scale in range(scales):
+        if scale: error = F.avg_pool3d(error, (1, 2, 2))
+        total = total + sum(charbonnier(error.diff(dim=axis)) for axis in (2, 3, 4) if error.shape[axis] > 1) / 3
+    return total / scales
+
+
+class VAELoss(NamedTuple):
+    "Total, and its parts."
+    loss: Tensor
+    error: Tensor
+    edges: Tensor
+    kl: Tensor
+
+
+def vae_loss(vae: VideoVAE, video: Tensor, edges: float = 1.0, kl: float = 2e-3, generator: torch.Generator | None = None) -> VAELoss:
+    "Reconstruction, edges and a small KL term, on one posterior draw."
+    posterior = vae.posterior(video)
+    error = vae.reconstruct(posterior.sample(generator)).float() - video
+    parts = charbonnier(error), edge_error(error), posterior.kl().float()
+    return VAELoss(parts[0] + edges * parts[1] + kl * parts[2], *parts)
+
+
 def train_vae(
     config: VAEConfig | VideoVAE,        # dimensions, or a model to go on with
     batches: Iterable[Tensor],           # endless; each (b 3 f h w) in [-1, 1]
@@ -457,70 +534,12 @@ def measure_latents(vae: VideoVAE, videos: Iterable[Tensor]) -> VideoVAE:
     return vae
 
 # %% ../nbs/05_vae.ipynb #cell-084
-def charbonnier(error: Tensor, softness: float = 0.03) -> Tensor:
-    "Mean of sqrt(e^2 + s^2) - s: squared below `softness`, absolute above."
-    return ((error.float() ** 2 + softness**2).sqrt() - softness).mean()
-
-
-def edge_error(error: Tensor, scales: int = 2) -> Tensor:
-    "Charbonnier of the error's differences along x, y and time, at full size and halved: eyes and lips weigh more than their area."
-    total = 0.0
-    for scale in range(scales):
-        if scale: error = F.avg_pool3d(error, (1, 2, 2))
-        total = total + sum(charbonnier(error.diff(dim=axis)) for axis in (2, 3, 4) if error.shape[axis] > 1) / 3
-    return total / scales
-
-
-class VAELoss(NamedTuple):
-    "Total, and its parts."
-    loss: Tensor
-    error: Tensor
-    edges: Tensor
-    kl: Tensor
-
-
-def vae_loss(vae: VideoVAE, video: Tensor, edges: float = 1.0, kl: float = 2e-3, generator: torch.Generator | None = None) -> VAELoss:
-    "Reconstruction, edges and a small KL term, on one posterior draw."
-    posterior = vae.posterior(video)
-    error = vae.reconstruct(posterior.sample(generator)).float() - video
-    parts = charbonnier(error), edge_error(error), posterior.kl().float()
-    return VAELoss(parts[0] + edges * parts[1] + kl * parts[2], *parts)
-
-
-def train_vae(
-    config: VAEConfig | VideoVAE,        # dimensions, or a model to go on with
-    batches: Iterable[Tensor],           # endless; each (b 3 f h w) in [-1, 1]
-    steps: int,
-    lr: float = 1e-3,                    # of the network; the linear code moves at a fiftieth
-    edges: float = 1.0,
-    kl: float = 2e-3,
-    fit: Iterable[Tensor] | None = None, # videos for `LinearCode.fit`, before the first step
-    autocast: torch.dtype | None = None, # torch.bfloat16 halves the time on CPUs that know it
-    seed: int = 0,
-    progress: Callable | None = None,    # called as progress(step, VAELoss, vae)
-) -> VideoVAE:
-    "Train; AdamW with warm-up and cosine decay. Latent statistics are set afterwards by `measure_latents`."
-    torch.manual_seed(seed)
-    vae = config if isinstance(config, VideoVAE) else VideoVAE(config)
-    if fit is not None and vae.code is not None: vae.code.fit(fit)
-    code = set() if vae.code is None else set(vae.code.parameters())
-    groups = [{"params": [p for p in vae.parameters() if p not in code], "lr": lr}, {"params": list(code), "lr": lr / 50}]
-    optimiser = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1, (i + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * i / steps)))
-    for step, video in zip(range(1, steps + 1), batches):
-        with torch.autocast(video.device.type, autocast, enabled=autocast is not None): out = vae_loss(vae, video, edges, kl)
-        optimiser.zero_grad()
-        out.loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step(), schedule.step()
-        if progress: progress(step, out, vae)
-    return vae
-
-
 @torch.no_grad()
-def measure_latents(vae: VideoVAE, videos: Iterable[Tensor]) -> VideoVAE:
-    "Set latents_mean and latents_std from videos, so that `encode` returns unit-variance channels."
-    raw = torch.cat([rearrange(vae.posterior(v).mean, "b c t h w -> (b t h w) c") for v in videos])
-    stats = raw.mean(0), raw.std(0)
-    vae.set_latent_stats(replace(vae.config, latents_mean=tuple(stats[0].tolist()), latents_std=tuple(stats[1].tolist())))
-    return vae
+def channel_cost(vae: VideoVAE) -> Tensor:  # (c,), mean 1
+    "Squared pixel error for one unit of error in one latent, by channel: measured on grey, one channel at a time."
+    c = vae.config.latent_channels
+    shift = vae.latents_mean.new_zeros(c, c, 2, 5, 5)
+    shift[range(c), range(c), 1, 2, 2] = 1.0
+    still, moved = (vae.reconstruct(z * vae.latents_std + vae.latents_mean) for z in (torch.zeros_like(shift), shift))
+    cost = (moved - still).square().flatten(1).sum(1)
+    return cost / cost.mean()
