@@ -185,6 +185,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fantasy_nb.expression.calibrate': ('expression.html#calibrate', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.correlation_loss': ( 'expression.html#correlation_loss',
                                                                                    'fantasy_nb/expression.py'),
+                                       'fantasy_nb.expression.fit_ruler': ('expression.html#fit_ruler', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.fit_size': ('expression.html#fit_size', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.group_losses': ('expression.html#group_losses', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.lesson_at': ('expression.html#lesson_at', 'fantasy_nb/expression.py'),
