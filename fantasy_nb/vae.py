@@ -455,76 +455,7 @@ def train_vae(
         if progress: progress(step, out, vae)
     return vae
 
-
-@torch.no_grad()
-def measure_latents(vae: VideoVAE, videos: Iterable[Tensor]) -> VideoVAE:
-    "Set latents_mean and latents_std from videos, so that `encode` returns unit-variance channels."
-    raw = torch.cat([rearrange(vae.posterior(v).mean, "b c t h w -> (b t h w) c") for v in videos])
-    stats = raw.mean(0), raw.std(0)
-    vae.set_latent_stats(replace(vae.config, latents_mean=tuple(stats[0].tolist()), latents_std=tuple(stats[1].tolist())))
-    return vae
-
 # %% ../nbs/05_vae.ipynb #cell-062
-def charbonnier(error: Tensor, softness: float = 0.03) -> Tensor:
-    "Mean of sqrt(e^2 + s^2) - s: squared below `softness`, absolute above."
-    return ((error.float() ** 2 + softness**2).sqrt() - softness).mean()
-
-
-def edge_error(error: Tensor, scales: int = 2) -> Tensor:
-    "Charbonnier of the error's differences along x, y and time, at full size and halved: eyes and lips weigh more than their area."
-    total = 0.0
-    for scale in range(scales):
-        if scale: error = F.avg_pool3d(error, (1, 2, 2))
-        total = total + sum(charbonnier(error.diff(dim=axis)) for axis in (2, 3, 4) if error.shape[axis] > 1) / 3
-    return total / scales
-
-
-class VAELoss(NamedTuple):
-    "Total, and its parts."
-    loss: Tensor
-    error: Tensor
-    edges: Tensor
-    kl: Tensor
-
-
-def vae_loss(vae: VideoVAE, video: Tensor, edges: float = 1.0, kl: float = 2e-3, generator: torch.Generator | None = None) -> VAELoss:
-    "Reconstruction, edges and a small KL term, on one posterior draw."
-    posterior = vae.posterior(video)
-    error = vae.reconstruct(posterior.sample(generator)).float() - video
-    parts = charbonnier(error), edge_error(error), posterior.kl().float()
-    return VAELoss(parts[0] + edges * parts[1] + kl * parts[2], *parts)
-
-
-def train_vae(
-    config: VAEConfig | VideoVAE,        # dimensions, or a model to go on with
-    batches: Iterable[Tensor],           # endless; each (b 3 f h w) in [-1, 1]
-    steps: int,
-    lr: float = 1e-3,                    # of the network; the linear code moves at a fiftieth
-    edges: float = 1.0,
-    kl: float = 2e-3,
-    fit: Iterable[Tensor] | None = None, # videos for `LinearCode.fit`, before the first step
-    autocast: torch.dtype | None = None, # torch.bfloat16 halves the time on CPUs that know it
-    seed: int = 0,
-    progress: Callable | None = None,    # called as progress(step, VAELoss, vae)
-) -> VideoVAE:
-    "Train; AdamW with warm-up and cosine decay. Latent statistics are set afterwards by `measure_latents`."
-    torch.manual_seed(seed)
-    vae = config if isinstance(config, VideoVAE) else VideoVAE(config)
-    if fit is not None and vae.code is not None: vae.code.fit(fit)
-    code = set() if vae.code is None else set(vae.code.parameters())
-    groups = [{"params": [p for p in vae.parameters() if p not in code], "lr": lr}, {"params": list(code), "lr": lr / 50}]
-    optimiser = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1, (i + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * i / steps)))
-    for step, video in zip(range(1, steps + 1), batches):
-        with torch.autocast(video.device.type, autocast, enabled=autocast is not None): out = vae_loss(vae, video, edges, kl)
-        optimiser.zero_grad()
-        out.loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step(), schedule.step()
-        if progress: progress(step, out, vae)
-    return vae
-
-
 @torch.no_grad()
 def measure_latents(vae: VideoVAE, videos: Iterable[Tensor]) -> VideoVAE:
     "Set latents_mean and latents_std from videos, so that `encode` returns unit-variance channels."

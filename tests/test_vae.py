@@ -195,3 +195,18 @@ def test_linear_code_finds_the_components():
     z = code.encode(video)
     assert (code.decode(z) - video).square().mean() < 1e-4 * video.square().mean()
     torch.testing.assert_close(z.var((0, 2, 3, 4), correction=0), torch.ones(48), atol=0.05, rtol=0)
+
+
+def test_channel_cost_is_the_pixel_error_of_one_unit(tiny):
+    from fantasy_nb.vae import channel_cost
+
+    _, vae = tiny
+    cost = channel_cost(vae)
+    assert cost.shape == (48,) and (cost > 0).all() and cost.mean().item() == pytest.approx(1, rel=1e-3)
+    z = torch.zeros(1, 48, 2, 5, 5)
+    errors = []
+    for channel in (0, 47):
+        moved = z.clone()
+        moved[0, channel, 1, 2, 2] = 0.5
+        with torch.no_grad(): errors.append((vae.decode(moved) - vae.decode(z)).square().sum().item())
+    assert errors[1] / errors[0] == pytest.approx((cost[47] / cost[0]).item(), rel=0.5)
