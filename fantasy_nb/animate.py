@@ -33,8 +33,8 @@ from .vae import VideoVAE
 class PipelineConfig:
     "How a set of weights wants to be used."
 
-    face_height: int = 68  # pixels: the size of faces in training
-    most_pixels: int = 128 * 480  # a larger working picture is refused: its faces would be many and small
+    face_height: int = 34  # pixels: the size of faces in training
+    most_pixels: int = 64 * 480  # a larger working picture is refused: its faces would be many and small
     window: int = 3  # latent frames a window has beside the portrait's
     overlap: int = 1  # latent frames that neighbouring windows share
     steps: int = 8
@@ -44,7 +44,7 @@ class PipelineConfig:
     crop: int = 64  # pixels of the encoder's crops
     keep_roll: bool = True
 
-
+# %% ../nbs/11_animate.ipynb #cell-008
 def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     "Area averaging when it shrinks, cubic when it grows."
     import cv2
@@ -52,7 +52,7 @@ def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     smaller = size[0] < picture.shape[0]
     return cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
 
-
+# %% ../nbs/11_animate.ipynb #cell-009
 def fit_portrait(
     picture: np.ndarray,  # uint8 (h w 3)
     boxes: Tensor,  # (p 4) face boxes
@@ -67,7 +67,7 @@ def fit_portrait(
     scaling = torch.tensor([w / picture.shape[1], h / picture.shape[0]] * 2)
     return np.pad(resize(picture, (h, w)), pad, mode="edge"), boxes * scaling, (h, w)
 
-# %% ../nbs/11_animate.ipynb #cell-009
+# %% ../nbs/11_animate.ipynb #cell-011
 def window_starts(
     length: int,  # latent frames of the performance
     window: int,
@@ -79,7 +79,7 @@ def window_starts(
     starts = list(range(0, length - window, window - overlap))
     return starts + [length - window]
 
-
+# %% ../nbs/11_animate.ipynb #cell-012
 def blend_windows(parts: Tensor, starts: list[int], length: int) -> Tensor:  # (k c 1+window h w) -> (1 c 1+length h w)
     "Average what windows say about each latent frame; frame 0 of all of them is the portrait."
     k, c, n, h, w = parts.shape
@@ -90,7 +90,7 @@ def blend_windows(parts: Tensor, starts: list[int], length: int) -> Tensor:  # (
         count.index_add_(0, places, torch.ones_like(places, dtype=parts.dtype))
     return total / count.view(-1, 1, 1)
 
-# %% ../nbs/11_animate.ipynb #cell-012
+# %% ../nbs/11_animate.ipynb #cell-015
 @dataclass
 class Animation:
     "A film, and where it came from."
@@ -121,14 +121,14 @@ class Animation:
             frames = np.stack([resize(frame, (height, round(frame.shape[1] * height / frame.shape[0]))) for frame in frames])
         write_video(path, frames, self.fps, metadata={"comment": "Generated with fantasy_nb: a synthetic animation, not a recording."})
 
-
+# %% ../nbs/11_animate.ipynb #cell-016
 def square(frame: np.ndarray, size: int) -> np.ndarray:
     "The middle square of a frame, resized."
     h, w = frame.shape[:2]
     side, top, left = min(h, w), (h - min(h, w)) // 2, (w - min(h, w)) // 2
     return resize(frame[top : top + side, left : left + side], (size, size))
 
-
+# %% ../nbs/11_animate.ipynb #cell-017
 def load_portrait(portrait) -> np.ndarray:  # uint8 (h w 3)
     "A path, uint8 (h w 3), or float (3 h w) in [0, 1]."
     if isinstance(portrait, (str, os.PathLike)):
@@ -138,7 +138,7 @@ def load_portrait(portrait) -> np.ndarray:  # uint8 (h w 3)
         raise ValueError(f"want a portrait as a path, uint8 (h w 3) or float (3 h w), got shape {tuple(getattr(picture, 'shape', ()))}")
     return as_frames(picture[None])[0]
 
-
+# %% ../nbs/11_animate.ipynb #cell-018
 def load_driver(driver, frames: int | None, fps: float | None) -> tuple[np.ndarray, float]:
     "A path, frames, or a pair (frames, fps); at most `frames` of them, at `fps` where a file has another rate."
     if isinstance(driver, (str, os.PathLike)):
@@ -149,7 +149,7 @@ def load_driver(driver, frames: int | None, fps: float | None) -> tuple[np.ndarr
         raise ValueError("want a driver of at least one frame, got none")
     return pictures, rate
 
-# %% ../nbs/11_animate.ipynb #cell-014
+# %% ../nbs/11_animate.ipynb #cell-020
 class PortraitPipeline:
     "Portrait and drivers -> film."
 
@@ -224,7 +224,7 @@ class PortraitPipeline:
         def answer(x, t, scale):
             windows = torch.cat([x[0][:, places].transpose(0, 1), condition], 1)
             out = self.animator.dit(windows, (t * 1000).expand(len(starts)), expression_mask=mask, expression_scale=scale, memories=memories)
-            return to_velocity(x, t, blend_windows(out, starts, length), c.prediction)
+            return to_velocity(x, t, portrait + blend_windows(out, starts, length), c.prediction)
 
         def velocity(x, t):
             with_expression = answer(x, t, 1.0)
@@ -273,7 +273,7 @@ class PortraitPipeline:
             rows.append(torch.cat([own, moved, moved[-1:].expand(-length % 4, -1)]))
         return torch.stack(rows)
 
-
+# %% ../nbs/11_animate.ipynb #cell-021
 def check_assignment(assign: list[int] | None, drivers: int, people: int) -> list[int]:
     "Which person each driver moves, from 1. Raises ValueError unless they are different people of the portrait."
     assign = list(range(1, drivers + 1)) if assign is None else list(assign)
@@ -281,7 +281,7 @@ def check_assignment(assign: list[int] | None, drivers: int, people: int) -> lis
         raise ValueError(f"want {drivers} different people out of 1 to {people} to assign the drivers to, got {assign}")
     return assign
 
-
+# %% ../nbs/11_animate.ipynb #cell-022
 def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation:
     "One call: load the weights, animate, and write a file where `out` is given."
     animation = PortraitPipeline.from_pretrained(weights)(portrait, drivers, **options)
@@ -289,14 +289,14 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-030
+# %% ../nbs/11_animate.ipynb #cell-038
 class OneLineParser(argparse.ArgumentParser):
     "Errors of arguments are one line, too."
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-
+# %% ../nbs/11_animate.ipynb #cell-039
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -316,7 +316,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-
+# %% ../nbs/11_animate.ipynb #cell-040
 def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     "Raise before the work starts where a file could not be written after it."
     if path is None:
@@ -332,7 +332,7 @@ def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     probe.touch()
     probe.unlink()
 
-
+# %% ../nbs/11_animate.ipynb #cell-041
 def run_animation(args: argparse.Namespace) -> None:
     "What `fantasy-animate` does once its arguments are read."
     for path in [args.portrait, *args.drive]:
@@ -352,7 +352,7 @@ def run_animation(args: argparse.Namespace) -> None:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-
+# %% ../nbs/11_animate.ipynb #cell-042
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)

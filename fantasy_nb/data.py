@@ -23,13 +23,13 @@ class Clip:
     crops: Tensor  # (p f 3 s s) uint8: the drivers, other people with the same expressions
     motions: list  # p Expressions of f moments, the true factors: only for measuring
 
-
+# %% ../nbs/09_data.ipynb #cell-007
 @dataclass(frozen=True)
 class ClipConfig:
     "What synthetic clips look like."
 
     frames: int = 13  # 4n + 1: the portrait, then n windows of four
-    height: int = 128  # pixels; a person alone is drawn square, several get 3/4 of the height each
+    height: int = 64  # pixels; a person alone is drawn square, several get 3/4 of the height each
     crop: int = 64  # pixels of the drivers' crops
     people: tuple = (2, 1, 2, 3, 2, 1, 2, 2)  # clip i has people[i % len(people)]
     slowest: float = 8.0  # frame rates are drawn between these: a low rate packs more motion into as many frames
@@ -43,7 +43,7 @@ class ClipConfig:
         "Height and width of a picture with so many people."
         return self.height, self.height if people == 1 else self.height * 3 // 4 * people // 16 * 16
 
-
+# %% ../nbs/09_data.ipynb #cell-008
 def jittered_crops(motion: Expression, size: int, seed: int) -> Tensor:  # (f 3 size size) uint8
     "A random driver performs a motion, cropped as a tracker would: a little off, by as much for the whole clip and a little more each frame."
     g, f = torch.Generator().manual_seed(seed), len(motion)
@@ -52,7 +52,7 @@ def jittered_crops(motion: Expression, size: int, seed: int) -> Tensor:  # (f 3 
     crops = render_crops(Identity.sample(1, seed), motion, size, shift, zoom)
     return ((crops + 1) * 127.5).round().to(torch.uint8)
 
-
+# %% ../nbs/09_data.ipynb #cell-009
 class SceneClips(torch.utils.data.Dataset):
     "Endless synthetic clips: item i is the same on every machine, every day, for one seed and config."
 
@@ -89,7 +89,7 @@ class SceneClips(torch.utils.data.Dataset):
         crops = torch.stack([jittered_crops(m, self.config.crop, base + 8 * k + 2) for k, m in enumerate(motions)])
         return Clip((frames * 255).round().to(torch.uint8), boxes, crops, motions)
 
-# %% ../nbs/09_data.ipynb #cell-012
+# %% ../nbs/09_data.ipynb #cell-015
 REGION_MARGIN = 0.30  # of the face box's width and height, on every side
 
 
@@ -97,7 +97,7 @@ def portrait_boxes(boxes: Tensor, frames: int) -> Tensor:  # (f p 4)
     "The portrait's face boxes (p 4), held for all frames."
     return boxes[None].expand(frames, -1, -1)
 
-
+# %% ../nbs/09_data.ipynb #cell-016
 def collate(clips: list[Clip]) -> dict[str, Tensor]:
     "Stack clips of one shape: frames (b 3 f h w) and crops (b p f 3 s s) in [-1, 1], boxes (b f p 4). Raises ValueError for mixed shapes."
     shapes = {tuple(c.frames.shape) + tuple(c.crops.shape) for c in clips}

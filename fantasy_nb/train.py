@@ -38,13 +38,15 @@ from .vae import VideoVAE
 def image_condition(
     portrait: Tensor,  # (b c 1 h w) latents of the portrait
     frames: int,  # latent frames t of the clip
+    hold: bool = True,  # repeat the portrait in later frames; False: zeros there, as Wan has it
 ) -> Tensor:  # (b 4+c t h w)
-    "Wan's image-to-video condition: four mask channels, one in frame 0 and zero after, and the portrait's latents in frame 0."
+    "Wan's image-to-video condition, four mask channels (1 in frame 0) and image latents; ours holds the portrait in every frame."
     b, c, _, h, w = portrait.shape
-    given = torch.cat([portrait.new_ones(b, 4, 1, h, w), portrait], 1)
-    return torch.cat([given, given.new_zeros(b, 4 + c, frames - 1, h, w)], 2)
+    mask = torch.cat([portrait.new_ones(b, 4, 1, h, w), portrait.new_zeros(b, 4, frames - 1, h, w)], 2)
+    later = portrait if hold else torch.zeros_like(portrait)
+    return torch.cat([mask, torch.cat([portrait, later.expand(-1, -1, frames - 1, -1, -1)], 2)], 1)
 
-
+# %% ../nbs/10_train.ipynb #cell-008
 class Animator(nn.Module):
     "Everything that learns here: a DiT with an expression memory, and the expression tokens."
 
@@ -52,6 +54,11 @@ class Animator(nn.Module):
         super().__init__()
         self.tokens = ExpressionTokens(tokens)
         self.dit = add_expression(DiT(dit), tokens.width)
+        for block in self.dit.blocks:  # from scratch there is no base to protect: start listening at once
+            for layer in (block.cross_attention.memories["expression"].key, block.cross_attention.memories["expression"].value):
+                nn.init.xavier_uniform_(layer.weight)
+        if self.tokens.place is not None:  # large enough to tell a window's four frames apart from the first step on
+            nn.init.normal_(self.tokens.place.weight, std=0.3)
 
     @classmethod
     def tiny(cls) -> "Animator":
@@ -80,7 +87,7 @@ class Animator(nn.Module):
     ) -> Tensor:  # (b c t h w) the clean latents
         expression, mask = self.listen(features, owners)
         x = torch.cat([x_t, image_condition(portrait, x_t.shape[2]).to(x_t)], 1)
-        return self.dit(x, t * 1000, expression=expression, expression_mask=mask, expression_scale=scale)
+        return portrait + self.dit(x, t * 1000, expression=expression, expression_mask=mask, expression_scale=scale)
 
     def save_pretrained(self, folder):
         "Write dit/ (config.json and safetensors) and tokens/."
@@ -106,7 +113,7 @@ class Animator(nn.Module):
         self.dit = DiT.from_pretrained(folder / "dit", add_expression, device=device)
         return self.eval()
 
-# %% ../nbs/10_train.ipynb #cell-010
+# %% ../nbs/10_train.ipynb #cell-011
 FACE_WEIGHT, MOUTH_WEIGHT, GIVEN_WEIGHT = 4.0, 8.0, 0.25
 
 
@@ -118,7 +125,7 @@ def paint_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:  # (... p 4) in
     y = (torch.minimum(edges[1] + 1, boxes[..., 3, None]) - torch.maximum(edges[1], boxes[..., 1, None])).clamp(0, 1)
     return (y[..., :, None] * x[..., None, :]).amax(-3)
 
-
+# %% ../nbs/10_train.ipynb #cell-012
 def loss_weight(
     boxes: Tensor,  # (b f p 4) true face boxes in pixels
     size: tuple[int, int],  # h, w of the latents
@@ -132,7 +139,7 @@ def loss_weight(
     later = rearrange(weight[:, 1:], "b (t k) h w -> b t k h w", k=4).mean(2)
     return torch.cat([GIVEN_WEIGHT * weight[:, :1], later], 1)[:, None]
 
-
+# %% ../nbs/10_train.ipynb #cell-013
 @torch.no_grad()
 def channel_weights(vae: VideoVAE) -> Tensor:  # (c 1 1 1), mean 1
     "How much a unit of each latent channel changes the picture (root mean square): an error in a channel nobody sees should cost little."
@@ -142,7 +149,7 @@ def channel_weights(vae: VideoVAE) -> Tensor:  # (c 1 1 1), mean 1
     change = [(vae.decode(middle + F.one_hot(torch.tensor(k), c).to(middle).view(1, c, 1, 1, 1)) - picture).square().mean().sqrt() for k in range(c)]
     return (torch.stack(change) / torch.stack(change).mean()).view(c, 1, 1, 1)
 
-
+# %% ../nbs/10_train.ipynb #cell-014
 def owners_from_portrait(
     boxes: Tensor,  # (p 4) face boxes in the portrait, pixels
     size: tuple[int, int],  # h, w in pixels
@@ -153,7 +160,7 @@ def owners_from_portrait(
     owners = pool_regions(regions, len(boxes))
     return owners if frames == 1 else torch.cat([owners[:1], owners[1:].expand((frames - 1) // 4, -1)])
 
-# %% ../nbs/10_train.ipynb #cell-015
+# %% ../nbs/10_train.ipynb #cell-019
 def write_whole(path: Path, write) -> None:
     "Let `write(part)` make a file beside `path`, flush it to disk, then give it its name: readers see all of it or nothing."
     part = path.with_name(path.name + ".part")
@@ -165,7 +172,7 @@ def write_whole(path: Path, write) -> None:
     finally:
         part.unlink(missing_ok=True)
 
-
+# %% ../nbs/10_train.ipynb #cell-020
 @torch.no_grad()
 def encode_clip(clip, vae: VideoVAE, encoder: ExpressionEncoder) -> dict[str, Tensor]:
     "Pixels -> latents (c t h w), features (p f 554), owners (t n), weight (1 t h w): all that training reads."
@@ -179,7 +186,7 @@ def encode_clip(clip, vae: VideoVAE, encoder: ExpressionEncoder) -> dict[str, Te
     parts = {"latents": latents.half(), "features": features.half(), "owners": owners, "weight": weight.half()}
     return {name: value.cpu().contiguous() for name, value in parts.items()}
 
-
+# %% ../nbs/10_train.ipynb #cell-021
 def encode_clips(
     clips,  # an indexable of Clip
     count: int,  # how many of them
@@ -200,7 +207,7 @@ def encode_clips(
                 write_whole(path, lambda part: save_file(rows, part))  # noqa: B023
             bar.update(stop - start)
 
-
+# %% ../nbs/10_train.ipynb #cell-022
 class LatentClips:
     "The cache in memory. A batch is a pure function of the step, so that a resumed run sees what the broken one would have seen."
 
@@ -231,13 +238,13 @@ class LatentClips:
         group = groups[torch.multinomial(torch.tensor([float(len(x)) for x in groups]), 1, generator=g).item()]
         return self.stack([group[i] for i in torch.randint(len(group), (size,), generator=g).tolist()])
 
-# %% ../nbs/10_train.ipynb #cell-017
+# %% ../nbs/10_train.ipynb #cell-024
 @dataclass(frozen=True)
 class TrainConfig:
     "What a training run is; the same config and seed give the same weights on the same machine."
 
-    steps: int = 4000
-    batch: int = 4
+    steps: int = 3000
+    batch: int = 8
     lr: float = 2e-3
     warmup: int = 100
     decay: float = 0.3  # share of the steps, at the end, over which the rate falls to zero
@@ -254,12 +261,12 @@ class TrainConfig:
         end = max(1, round(self.decay * self.steps))
         return self.lr * min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / end))
 
-
+# %% ../nbs/10_train.ipynb #cell-025
 def step_generator(seed: int, step: int) -> torch.Generator:
     "All randomness of one step comes from here."
     return torch.Generator().manual_seed(seed * 10_000_019 + step)
 
-
+# %% ../nbs/10_train.ipynb #cell-026
 def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainConfig, g: torch.Generator):
     "Flow-matching loss of one batch (chapter 08's `flow_loss`), weighted by `batch['weight']`."
     latents, b = batch["latents"], len(batch["latents"])
@@ -272,7 +279,7 @@ def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainCon
     noise = torch.randn(latents.shape, generator=g).to(latents.device)
     return flow_loss(model, latents, t, noise, config.prediction, batch["weight"])
 
-# %% ../nbs/10_train.ipynb #cell-020
+# %% ../nbs/10_train.ipynb #cell-029
 class EMA:
     "A moving average of the weights: smoother than the weights themselves, and what is shipped."
 
@@ -286,14 +293,14 @@ class EMA:
         for name, value in model.state_dict().items():
             self.shadow[name].lerp_(value, 1 - decay)
 
-
+# %% ../nbs/10_train.ipynb #cell-030
 def save_checkpoint(path: Path, step: int, animator: Animator, optimizer, ema: EMA, config: TrainConfig) -> None:
     "Atomic: the old checkpoint stays until the new one is whole."
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"step": step, "model": animator.state_dict(), "ema": ema.shadow, "optimizer": optimizer.state_dict(), "config": asdict(config)}
     write_whole(path, lambda part: torch.save(state, part))
 
-
+# %% ../nbs/10_train.ipynb #cell-031
 def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config: TrainConfig) -> int:  # the next step
     "Restore a run in place (weights_only: no code in the file can run). Raises ValueError where the config is another."
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -305,7 +312,7 @@ def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config:
     ema.shadow = {k: v.clone() for k, v in state["ema"].items()}
     return state["step"]
 
-
+# %% ../nbs/10_train.ipynb #cell-032
 @torch.no_grad()
 def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], config: TrainConfig) -> float:
     "Mean loss of some clips at fixed times and noise, one clip at a time."
@@ -316,7 +323,7 @@ def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], co
         losses.append(animator_loss(animator, batch, replace(config, drop_expression=0.0), g).loss.item())
     return sum(losses) / len(losses)
 
-
+# %% ../nbs/10_train.ipynb #cell-033
 def train(
     animator: Animator,
     clips: LatentClips,
@@ -361,7 +368,7 @@ def train(
             break
     return ema
 
-
+# %% ../nbs/10_train.ipynb #cell-034
 def append_log(path: Path, rows: list[tuple]) -> None:
     "Rows of step, loss, gradient norm, seconds at the end of a CSV file."
     new = not path.exists()
@@ -369,12 +376,12 @@ def append_log(path: Path, rows: list[tuple]) -> None:
         writer = csv.writer(handle)
         writer.writerows(([("step", "loss", "gradient_norm", "seconds")] if new else []) + rows)
 
-# %% ../nbs/10_train.ipynb #cell-030
+# %% ../nbs/10_train.ipynb #cell-044
 def plan(text: str) -> TrainConfig:
     "Settings of a named config."
     return {"tiny": TrainConfig()}[text]
 
-
+# %% ../nbs/10_train.ipynb #cell-045
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = argparse.ArgumentParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic clips; VAE and encoder weights must exist.")
@@ -393,7 +400,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="write the averaged weights here (dit/ and tokens/), beside the parts they need")
     return parser
 
-
+# %% ../nbs/10_train.ipynb #cell-046
 def main(arguments=None) -> int:
     "`fantasy-train`: encode clips, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -405,7 +412,7 @@ def main(arguments=None) -> int:
         print(f"fantasy-train: {error}")
         return 2
 
-
+# %% ../nbs/10_train.ipynb #cell-047
 def run_training(args: argparse.Namespace) -> int:
     "What `fantasy-train` does once its arguments are read."
     settings = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr), ("seed", args.seed)) if v is not None}

@@ -1,0 +1,196 @@
+import csv
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fantasy_nb.core import data_samples
+from fantasy_nb.data import ClipConfig, SceneClips, collate
+from fantasy_nb.dit import DiTConfig
+from fantasy_nb.expression import ExpressionEncoder
+from fantasy_nb.tokens import TokenConfig
+from fantasy_nb.train import (Animator, LatentClips, TrainConfig, animator_loss, channel_weights, encode_clips, held_out_loss, image_condition, load_checkpoint,
+                              loss_weight, main, owners_from_portrait, step_generator, train)
+from fantasy_nb.vae import VideoVAE
+
+SMALL = TrainConfig(steps=6, batch=2, warmup=2)
+
+
+def small_animator(seed=0):
+    torch.manual_seed(seed)
+    return Animator(replace(DiTConfig.tiny(), layers=1, width=96, heads=3, ffn=128), replace(TokenConfig.tiny(), width=96))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    "A cache of eight clips of noise, in the shape of real ones."
+    folder, g = tmp_path_factory.mktemp("cache"), torch.Generator().manual_seed(0)
+    rows = {}
+    for i in range(8):
+        p = 1 + i % 2
+        owners = owners_from_portrait(torch.tensor([[8.0, 8, 40, 56], [72, 8, 104, 56]])[:p], (64, 128), 13)
+        rows |= {f"{i}.latents": torch.randn(48, 4, 8, 16, generator=g).half(), f"{i}.features": torch.randn(p, 13, 554, generator=g).half(),
+                 f"{i}.owners": owners, f"{i}.weight": torch.ones(1, 4, 8, 16).half()}
+    save_file(rows, folder / "clips-000000.safetensors")
+    return folder
+
+
+def test_clips_are_functions_of_seed_and_index():
+    clips = SceneClips(ClipConfig(height=64, crop=32), seed=5)
+    a, b, c = clips[2], clips[2], SceneClips(ClipConfig(height=64, crop=32), seed=6)[2]
+    assert torch.equal(a.frames, b.frames) and torch.equal(a.crops, b.crops) and not torch.equal(a.frames, c.frames)
+    assert a.frames.shape == (13, 3, 64, 96) and a.crops.shape == (2, 13, 3, 32, 32) and a.boxes.shape == (13, 2, 4)
+    batch = collate([clips[0], clips[2]])
+    assert batch["frames"].shape == (2, 3, 13, 64, 96) and batch["frames"].abs().max() <= 1
+    with pytest.raises(ValueError, match="one shape"):
+        collate([clips[0], clips[1]])
+    with pytest.raises(ValueError, match="4n"):
+        ClipConfig(frames=12)
+    with pytest.raises(IndexError):
+        SceneClips(length=3)[3]
+
+
+def test_the_driver_is_somebody_else_with_the_same_expression():
+    clip = SceneClips(ClipConfig(people=(1,)), seed=2)[0]
+    from fantasy_nb.faces import Identity, render_crops
+
+    again = render_crops(Identity.sample(1, (2 * 1_000_003) * 64 + 2), clip.motions[0], 64)
+    assert (again - (clip.crops[0] / 127.5 - 1)).abs().mean() < 0.15
+
+
+def test_image_condition_marks_frame_zero_only_and_holds_the_portrait():
+    portrait = torch.randn(2, 48, 1, 4, 6)
+    held, wan = image_condition(portrait, 3), image_condition(portrait, 3, hold=False)
+    assert held.shape == wan.shape == (2, 52, 3, 4, 6)
+    assert (held[:, :4, 0] == 1).all() and (held[:, :4, 1:] == 0).all() and torch.equal(held[:, :4], wan[:, :4])
+    assert torch.equal(held[:, 4:], portrait.expand(-1, -1, 3, -1, -1)) and (wan[:, 4:, 1:] == 0).all() and torch.equal(wan[:, 4:, :1], portrait)
+
+
+def test_loss_weight_is_heaviest_at_the_mouth():
+    boxes = torch.tensor([16.0, 16, 80, 96]).expand(1, 5, 1, 4)
+    w = loss_weight(boxes, (16, 16))[0, 0]
+    assert w.shape == (2, 16, 16) and w[1, 0, 0] == 1 and w[1, 4, 4] == 4 and w[1].max() == 8 and w[0].max() == 2
+    rows = torch.nonzero(w[1] == 8)[:, 0].float()
+    assert 7 < rows.mean() < 11
+
+
+def test_step_zero_holds_the_portrait(cache):
+    animator, batch = small_animator(), LatentClips(cache).stack([1, 3])
+    t = torch.tensor([0.5, 0.9])
+    answers = [animator(batch["latents"], t, batch["latents"][:, :, :1], f, batch["owners"]) for f in (batch["features"], torch.randn_like(batch["features"]))]
+    assert torch.equal(*answers) and torch.equal(answers[0], batch["latents"][:, :, :1].expand_as(answers[0]))
+
+
+def test_after_training_each_person_listens_to_their_own_features_in_the_expression_branch(cache):
+    animator = small_animator()
+    train(animator, LatentClips(cache), SMALL, show=False)
+    batch = LatentClips(cache).stack([1])
+    features = batch["features"].requires_grad_()
+    memory = animator.dit.blocks[0].cross_attention.memories["expression"]
+    expression, mask = animator.listen(features, batch["owners"])
+    key, value = memory.keys_values(expression)
+    n = mask.shape[2]
+    query = torch.randn(1, 4 * n, 3, 32)
+    out = memory(query, key, value, memory.guard(mask, 1.0, (1, 4, n)))
+    for person in (0, 1):
+        mine = (batch["owners"][0] == person + 1).flatten()
+        (gradient,) = torch.autograd.grad(out[0, mine].square().sum(), features, retain_graph=True)
+        assert gradient[0, person].abs().sum() > 0 and (gradient[0, 1 - person] == 0).all()
+
+
+def test_loss_falls_and_resuming_is_exact(cache, tmp_path):
+    clips, whole, config = LatentClips(cache), small_animator(), replace(SMALL, steps=30, lr=1e-2)
+    before = held_out_loss(whole, clips, [0, 1, 2, 3], config)
+    train(whole, clips, config, tmp_path / "whole", save_every=7, show=False)
+    assert held_out_loss(whole, clips, [0, 1, 2, 3], config) < before
+    broken = small_animator()
+    train(broken, clips, config, tmp_path / "broken", max_minutes=0, show=False)
+    resumed = small_animator(seed=9)
+    train(resumed, clips, config, tmp_path / "broken", resume=True, show=False)
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()):
+        assert torch.equal(a, b)
+    losses = [[float(row["loss"]) for row in csv.DictReader(open(tmp_path / run / "log.csv"))] for run in ("whole", "broken")]
+    assert losses[0] == losses[1] and len(losses[0]) == 30
+
+
+def test_another_config_is_refused(cache, tmp_path):
+    clips, config = LatentClips(cache), SMALL
+    ema = train(small_animator(), clips, config, tmp_path, show=False)
+    other = small_animator()
+    with pytest.raises(ValueError, match="another run"):
+        load_checkpoint(tmp_path / "checkpoint.pt", other, torch.optim.AdamW(other.parameters()), ema, replace(config, lr=1.0))
+
+
+def test_nan_stops_the_run_and_names_the_step(cache):
+    animator = small_animator()
+    with torch.no_grad():
+        animator.dit.head.head.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 0"):
+        train(animator, LatentClips(cache), SMALL, show=False)
+
+
+def test_killed_in_the_middle_of_saving_the_old_checkpoint_is_whole(cache, tmp_path):
+    script = f"""
+import torch
+from dataclasses import replace
+from fantasy_nb.dit import DiTConfig
+from fantasy_nb.tokens import TokenConfig
+from fantasy_nb.train import *
+torch.set_num_threads(1)
+torch.manual_seed(0)
+a = Animator(replace(DiTConfig.tiny(), layers=1, width=96, heads=3, ffn=128), replace(TokenConfig.tiny(), width=96))
+train(a, LatentClips({str(cache)!r}), TrainConfig(steps=100000, batch=1), Path({str(tmp_path)!r}), save_every=1, show=False)
+"""
+    process = subprocess.Popen([sys.executable, "-c", "from pathlib import Path\n" + script])
+    checkpoint, deadline = tmp_path / "checkpoint.pt", time.time() + 120
+    while not checkpoint.exists() and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["step"] >= 1 and set(state) == {"step", "model", "ema", "optimizer", "config"}
+
+
+def test_saved_animator_comes_back(tmp_path, cache):
+    animator = small_animator()
+    train(animator, LatentClips(cache), SMALL, show=False)
+    animator.eval().save_pretrained(tmp_path)
+    again, batch = Animator.from_pretrained(tmp_path), LatentClips(cache).stack([1])
+    arguments = batch["latents"], torch.tensor([0.7]), batch["latents"][:, :, :1], batch["features"], batch["owners"]
+    with torch.no_grad():
+        assert torch.equal(animator(*arguments), again(*arguments))
+    (tmp_path / "tokens" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="tokens/model.safetensors"):
+        Animator.from_pretrained(tmp_path)
+
+
+def test_cache_is_made_of_whole_shards_and_kept(tmp_path):
+    parts = [kind.from_pretrained(data_samples("weights", "tiny", part)) for kind, part in ((VideoVAE, "vae"), (ExpressionEncoder, "encoder"))]
+    clips = SceneClips(ClipConfig(frames=5, height=64), seed=1)
+    encode_clips(clips, 3, tmp_path, *parts, shard=2, show=False)
+    files = sorted(tmp_path.iterdir())
+    assert [f.name for f in files] == ["clips-000000.safetensors", "clips-000002.safetensors"]
+    stamps = [f.stat().st_mtime_ns for f in files]
+    encode_clips(clips, 3, tmp_path, *parts, shard=2, show=False)
+    assert stamps == [f.stat().st_mtime_ns for f in files] and len(LatentClips(tmp_path)) == 3
+    weights = channel_weights(parts[0])
+    assert weights.shape == (48, 1, 1, 1) and abs(weights.mean() - 1) < 1e-5
+    out = animator_loss(Animator.tiny(), LatentClips(tmp_path).stack([0]), TrainConfig(), step_generator(0, 0))
+    assert torch.isfinite(out.loss)
+    with pytest.raises(FileNotFoundError, match="fill it first"):
+        LatentClips(tmp_path / "nothing")
+
+
+def test_command_end_to_end(tmp_path, cache, capsys):
+    arguments = ["--run", str(tmp_path / "run"), "--cache", str(cache), "--clips", "0", "--steps", "2", "--batch", "1", "--threads", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "weights")]) == 0
+    assert (Path(tmp_path) / "weights" / "dit" / "config.json").exists() and (tmp_path / "run" / "checkpoint.pt").exists()
+    assert main(["--parts", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run2")]) == 2
+    assert "no config.json" in capsys.readouterr().out
