@@ -88,3 +88,88 @@ def test_save_and_load(tiny, tmp_path):
     x = torch.rand(4, 3, 64, 64) * 2 - 1
     a, b = tiny(x).pack(), again(x).pack()
     assert a.dtype == b.dtype == torch.float32 and (a - b).norm() / a.norm() < 1e-2
+
+
+def test_pair_block_shares_one_group_down_and_all_else_along():
+    from fantasy_nb.expression import pair_block
+    from fantasy_nb.faces import Expression
+
+    for seed in range(4):
+        for group in Expression.GROUPS:
+            person, expression = pair_block(group, seed, people=3, values=5, jitter=0.0)
+            assert torch.equal(person.skin.view(3, 5), person.skin.view(3, 5)[:, :1].expand(3, 5))
+            moved = 0
+            for other, names in Expression.GROUPS.items():
+                for name in names:
+                    x = getattr(expression, name).view(3, 5)
+                    if other == group:
+                        assert torch.equal(x, x[:1].expand(3, 5))
+                        moved += x.std() > 0
+                    else:
+                        assert torch.equal(x, x[:, :1].expand(3, 5))
+            assert moved >= 1
+
+
+def test_pair_loss_against_loops():
+    from fantasy_nb.expression import pair_loss
+
+    torch.manual_seed(0)
+    z, tau = torch.randn(2, 3, 4, 5), 0.8
+    unit = z / z.flatten(0, 2).var(0).mean().sqrt()
+    one, everybody = [], []
+    for block in unit:
+        faces = [(m, v) for m in range(3) for v in range(4)]
+        near = {(a, b): -(block[a] - block[b]).square().mean() / (2 * tau**2) for a in faces for b in faces}
+        for a in faces:
+            for other in set(range(3)) - {a[0]}:
+                right = near[a, (other, a[1])]
+                one.append(torch.stack([near[a, (other, w)] for w in range(4)]).logsumexp(0) - right)
+                everybody.append(torch.stack([near[a, b] for b in faces if b != a]).logsumexp(0) - right)
+    want = torch.stack(one).mean() + 0.4 * torch.stack(everybody).mean()
+    assert torch.allclose(pair_loss(z, torch.tensor(tau).log(), everybody=0.4), want, rtol=1e-4)
+
+
+def test_lessons_progress():
+    from fantasy_nb.expression import LESSONS, lesson_at
+
+    assert abs(sum(share for share, *_ in LESSONS) - 1) < 1e-6
+    assert lesson_at(0.0, LESSONS) == (("mouth", "mouth"), 0.0)
+    assert lesson_at(0.999, LESSONS)[0] == LESSONS[-1][1] and lesson_at(0.999, LESSONS)[1] == pytest.approx(LESSONS[-1][2])
+
+
+def test_training_is_repeatable_calibrated_and_learns():
+    from fantasy_nb.expression import as_crops, render_bank, train_encoder
+
+    config = ExpressionConfig(image_size=16, width=16, depth=1, hidden=32, heatmaps=8, readout=2, mouth_embed=0)
+    bank, losses = render_bank(8, 16, seed=0), []
+    first = train_encoder(config, 30, 0, bank, lessons=((1.0, ("mouth", "mouth"), 0.2),), learning_rate=3e-3, log=lambda step, loss: losses.append(loss["mouth"]))
+    again = train_encoder(config, 30, 0, bank, lessons=((1.0, ("mouth", "mouth"), 0.2),), learning_rate=3e-3)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+    assert sum(losses[-5:]) < sum(losses[:5])
+    with torch.no_grad():
+        features = first(as_crops(bank[:, ::4].flatten(0, 1)))
+    for name in FEATURE_WIDTHS:
+        x = getattr(features, name)
+        assert abs(x.mean() - 1) < 1e-3 and abs(x.var(0).mean() - 1) < 1e-3
+
+
+def test_augment_keeps_range_and_is_gentle_at_zero():
+    from fantasy_nb.expression import augment
+
+    x = torch.rand(8, 3, 32, 32) * 2 - 1
+    strong = augment(x, torch.Generator().manual_seed(0), 1.0)
+    assert strong.shape == x.shape and strong.abs().max() <= 1 and torch.isfinite(strong).all() and (strong - x).abs().mean() > 0.05
+    assert torch.equal(strong, augment(x, torch.Generator().manual_seed(0), 1.0))
+    assert (augment(x, torch.Generator().manual_seed(0), 0.0) - x).abs().mean() < 0.02
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="no tiny weights")
+@torch.no_grad()
+def test_shipped_encoder_reads_head_and_mouth_of_unseen_people():
+    from fantasy_nb.expression import probe
+    from fantasy_nb.faces import Expression, Identity, render_crops
+
+    known, encoder = Expression.sample(400, seed=9001), ExpressionEncoder.from_pretrained(WEIGHTS)
+    features = encoder(render_crops(Identity.sample(400, seed=9001), known, 64))
+    score = probe(features.pack(), torch.stack([known.yaw, known.roll, known.mouth_open], 1), 300)
+    assert score[0] > 0.9 and score[1] > 0.7 and score[2] > 0.8, score
