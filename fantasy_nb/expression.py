@@ -342,10 +342,11 @@ def render_bank(
     size: int,  # pixels
     seed: int,
     device=None,
+    progress: bool = True,  # show a bar
 ) -> Tensor:  # (blocks people*values 3 size size) uint8
     "Pairs to train on, drawn beforehand: rendering costs as much as learning."
     bank = []
-    for k in tqdm(range(blocks), desc="pairs", leave=False, disable=None):
+    for k in tqdm(range(blocks), desc="pairs", leave=False, disable=not progress):
         person, expression = pair_block(list(Expression.GROUPS)[k % 4], seed + 10 * k)
         bank.append(as_bytes(render_crops(person.to(device), expression.to(device), size)))
     return torch.stack(bank)
@@ -406,16 +407,17 @@ def train_encoder(
     lessons: tuple = LESSONS,  # which groups are learned when
     learning_rate: float = 1e-3,
     device=None,
+    progress: bool = True,  # show a bar
     log=None,  # called with (step, {name: loss}) after every step
 ) -> ExpressionEncoder:  # calibrated, in eval mode
     "Contrastive training on pairs that share one group's value; no true factor is ever a target."
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
-    bank = render_bank(512, config.image_size, seed, device) if bank is None else bank
+    bank = render_bank(512, config.image_size, seed, device, progress) if bank is None else bank
     encoder = ExpressionEncoder(config).to(device, memory_format=torch.channels_last).train()
     temperature = nn.Parameter(torch.full((8,), math.log(0.7), device=device))
     optimizer = torch.optim.AdamW([{"params": encoder.parameters()}, {"params": [temperature], "weight_decay": 0.0}], learning_rate, (0.9, 0.98), weight_decay=0.05)
-    for step in tqdm(range(steps), desc="encoder", leave=False, disable=None):
+    for step in tqdm(range(steps), desc="encoder", leave=False, disable=not progress):
         rate = learning_rate * min(1, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, 5 * rate
         losses = batch_losses(encoder, bank, *lesson_at(step / steps, lessons), shape, temperature, g)
