@@ -201,7 +201,7 @@ def test_astronaut(astronaut, astronaut_track):
     crop = align_crop(astronaut[None], track)
     assert crop.shape == (1, 3, 224, 224) and -1 <= crop.min() < crop.max() <= 1
     measured = measure_expression(track)
-    assert measured["yaw"] < 0 and measured["smile"] > 0.5 and measured["blink"] < 0.5
+    assert abs(measured["yaw"]) < 10 and measured["smile"] > 0.5 and measured["blink"] < 0.5
 
 
 def test_a_face_too_small_for_the_mesh_alone(astronaut):
