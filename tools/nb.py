@@ -31,7 +31,8 @@ class Runner(NotebookClient):
 def execute(path, timeout=900):
     "The notebook, executed where it lies. Raises CellExecutionError."
     notebook = nbformat.read(path, 4)
-    Runner(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}).execute()
+    where = {"metadata": {"path": str(Path(path).parent)}}
+    Runner(notebook, timeout=timeout, startup_timeout=300, kernel_name="python3", resources=where).execute()  # a busy machine starts slowly
     return notebook
 
 
