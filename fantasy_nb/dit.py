@@ -7,7 +7,7 @@ __all__ = ['RELEASED', 'WEIGHTS', 'DiTConfig', 'Patchify', 'rope_3d', 'apply_rop
            'SelfAttention', 'Memory', 'CrossAttention', 'time_features', 'Modulation', 'Block', 'Head', 'init_weights',
            'pad_text', 'check_latents', 'released_name', 'save_model', 'read_model', 'StoredDiT', 'DiT']
 
-# %% ../nbs/06_dit.ipynb #cell-004
+# %% ../nbs/06_dit.ipynb #cell-003
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# %% ../nbs/06_dit.ipynb #cell-007
+# %% ../nbs/06_dit.ipynb #cell-006
 @dataclass(frozen=True)
 class DiTConfig:
     "Dimensions of a diffusion transformer, and nothing else: no paths, no devices."
@@ -58,7 +58,7 @@ class DiTConfig:
         "Wan2.1-I2V-14B."
         return cls()
 
-# %% ../nbs/06_dit.ipynb #cell-010
+# %% ../nbs/06_dit.ipynb #cell-009
 class Patchify(nn.Module):
     "Cut latents into patches and project each to a token: a strided convolution, written as one matrix product."
 
@@ -73,7 +73,7 @@ class Patchify(nn.Module):
         patches = rearrange(x, "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", p=p, q=q, r=r)
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
-# %% ../nbs/06_dit.ipynb #cell-013
+# %% ../nbs/06_dit.ipynb #cell-012
 def rope_3d(
     grid: tuple[int, int, int],  # tokens along time, rows, columns
     head_width: int,
@@ -92,7 +92,7 @@ def rope_3d(
     angle = torch.cat(angles, -1).flatten(0, 2)
     return torch.stack([angle.cos(), angle.sin()], -1)
 
-# %% ../nbs/06_dit.ipynb #cell-017
+# %% ../nbs/06_dit.ipynb #cell-016
 def apply_rope(
     x: Tensor,  # (b n k d) queries or keys
     rope: Tensor,  # (n, d/2, 2) from `rope_3d`
@@ -102,7 +102,7 @@ def apply_rope(
     turned = pairs * torch.view_as_complex(rope)[:, None]
     return torch.view_as_real(turned).flatten(-2).type_as(x)
 
-# %% ../nbs/06_dit.ipynb #cell-024
+# %% ../nbs/06_dit.ipynb #cell-023
 def attend(
     query: Tensor,  # (b n k d): tokens, heads
     key: Tensor,  # (b m k d)
@@ -113,7 +113,7 @@ def attend(
     q, k, v = (z.transpose(1, 2) for z in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
 
-# %% ../nbs/06_dit.ipynb #cell-027
+# %% ../nbs/06_dit.ipynb #cell-026
 class RMSNorm(nn.Module):
     "Divide by the root mean square over the full width; a learned scale; float32 inside."
 
@@ -124,14 +124,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
-# %% ../nbs/06_dit.ipynb #cell-028
+# %% ../nbs/06_dit.ipynb #cell-027
 class LayerNorm(nn.LayerNorm):
     "LayerNorm, float32 inside whatever the weights are."
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).type_as(x)
 
-# %% ../nbs/06_dit.ipynb #cell-030
+# %% ../nbs/06_dit.ipynb #cell-029
 class SelfAttention(nn.Module):
     "All tokens of all latent frames attend to each other; RMS-normed queries and keys; positions by rotation."
 
@@ -147,7 +147,7 @@ class SelfAttention(nn.Module):
         k = apply_rope(split(self.norm_key(self.key(x))), rope)
         return self.out(attend(q, k, split(self.value(x))).flatten(2))
 
-# %% ../nbs/06_dit.ipynb #cell-033
+# %% ../nbs/06_dit.ipynb #cell-032
 class Memory(nn.Module):
     "One thing the cross-attention can listen to: its own keys (RMS-normed) and values."
 
@@ -164,7 +164,7 @@ class Memory(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, guard=None) -> Tensor:  # (b n k d) -> (b n k d)
         return attend(query, key, value)
 
-# %% ../nbs/06_dit.ipynb #cell-034
+# %% ../nbs/06_dit.ipynb #cell-033
 class CrossAttention(nn.Module):
     "One query, any number of named memories; what they answer is summed before the output projection."
 
@@ -188,7 +188,7 @@ class CrossAttention(nn.Module):
         answers = [self.memories[name](query, *kv, guards.get(name)) for name, kv in memories.items()]
         return self.out(sum(answers[1:], answers[0]).flatten(2))
 
-# %% ../nbs/06_dit.ipynb #cell-037
+# %% ../nbs/06_dit.ipynb #cell-036
 def time_features(
     t: Tensor,  # (b,) in 0..1000
     width: int,
@@ -198,7 +198,7 @@ def time_features(
     angle = torch.outer(t.float(), frequency)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
-# %% ../nbs/06_dit.ipynb #cell-040
+# %% ../nbs/06_dit.ipynb #cell-039
 class Modulation(NamedTuple):
     "What time tells one half of a block: shift and scale its input, gate its output (adaLN)."
     shift: Tensor  # (b 1 d) float32, as the other two
@@ -214,7 +214,7 @@ class Modulation(NamedTuple):
         "x + gate * y, in float32."
         return torch.addcmul(x.float(), y.float(), self.gate).type_as(x)
 
-# %% ../nbs/06_dit.ipynb #cell-043
+# %% ../nbs/06_dit.ipynb #cell-042
 class Block(nn.Module):
     "Self-attention, cross-attention, feed-forward; the first and the last are modulated by time."
 
@@ -241,7 +241,7 @@ class Block(nn.Module):
         x = x + self.cross_attention(self.norm_cross(x), memories, guards)
         return last.add(x, self.ffn(last.norm(x, self.eps)))
 
-# %% ../nbs/06_dit.ipynb #cell-044
+# %% ../nbs/06_dit.ipynb #cell-043
 class Head(nn.Module):
     "Tokens -> patches of latents."
 
@@ -258,7 +258,7 @@ class Head(nn.Module):
         (t, h, w), (p, q, r) = grid, self.patch
         return rearrange(x, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, w=w, p=p, q=q, r=r)
 
-# %% ../nbs/06_dit.ipynb #cell-046
+# %% ../nbs/06_dit.ipynb #cell-045
 @torch.no_grad()
 def init_weights(dit: nn.Module) -> None:
     """Set every parameter of a DiT.
@@ -284,7 +284,7 @@ def init_weights(dit: nn.Module) -> None:
             nn.init.xavier_uniform_(p.flatten(1))
     dit.time_projection[1].bias.view(6, -1)[2::3] = 1
 
-# %% ../nbs/06_dit.ipynb #cell-048
+# %% ../nbs/06_dit.ipynb #cell-047
 def pad_text(text: Tensor, places: int) -> Tensor:  # (b n d) -> (b places d)
     "Zeros behind the text. Raises ValueError for a text that is too long."
     if text.shape[1] > places:
@@ -302,7 +302,7 @@ def check_latents(x: Tensor, t: Tensor, config: DiTConfig) -> tuple[int, int, in
         raise ValueError(f"want latent sizes that are multiples of the patch {config.patch}, got {tuple(x.shape[2:])}")
     return tuple(size // p for size, p in zip(x.shape[2:], config.patch))
 
-# %% ../nbs/06_dit.ipynb #cell-050
+# %% ../nbs/06_dit.ipynb #cell-049
 RELEASED = (  # our names -> the released ones, tried in this order
     (r"^patchify\.", "patch_embedding."),
     (r"^image_embedding\.", "img_emb.proj."),
@@ -322,7 +322,7 @@ def released_name(name: str, blocks: nn.ModuleList) -> str:
     attention, block, memory, part, leaf = match.groups()
     return f"{attention}.{blocks[int(block)].cross_attention.memories[memory].released[part]}.{leaf}"
 
-# %% ../nbs/06_dit.ipynb #cell-052
+# %% ../nbs/06_dit.ipynb #cell-051
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
 
 
@@ -345,7 +345,7 @@ def read_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     state = load_file(Path(folder) / WEIGHTS, device=str(device))
     return config, {name: p.clone() if p.data_ptr() % 64 else p for name, p in state.items()}  # fast kernels want aligned memory
 
-# %% ../nbs/06_dit.ipynb #cell-053
+# %% ../nbs/06_dit.ipynb #cell-052
 class StoredDiT(nn.Module):
     "How a DiT meets the outside: released names, folders on disk."
 
@@ -390,7 +390,7 @@ class StoredDiT(nn.Module):
         dit.load_state_dict(state, assign=True)
         return dit.to(dtype=dtype).eval()
 
-# %% ../nbs/06_dit.ipynb #cell-055
+# %% ../nbs/06_dit.ipynb #cell-054
 class DiT(StoredDiT):
     "Diffusion transformer for video latents: predicts velocity (Wan) or clean latents (models trained here)."
 

@@ -14,7 +14,6 @@ __all__ = ['EMOTIONS', 'ACTIONS', 'NECK', 'FACE_PLACE', 'CROP_TEMPLATE', 'pixel_
            'mask_boxes', 'paint_in_window', 'render_scene', 'smooth_noise', 'saccades', 'pulses', 'random_motion']
 
 # %% ../nbs/01_faces.ipynb #cell-004
-import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -502,13 +501,13 @@ def paint_eyes(h: Head, ink: Maps, paint: Tensor, eye: Maps) -> Tensor:
     under = stroke((eye.v - eye.lower) * r, 0.03 * r, p) * cover((eye.u.abs() - 0.95) * r, p)
     return tint(paint, paint * 0.14, (0.95 * lash + 0.45 * under).clamp(0, 0.95) * h.front)
 
-# %% ../nbs/01_faces.ipynb #cell-057
+# %% ../nbs/01_faces.ipynb #cell-058
 def mouth_line(m: Maps) -> tuple:  # height of the mouth, half its width
     "Where the mouth is and how wide: smile and stretch widen it, pucker and opening narrow it."
     stretch = 1 + 0.16 * m.mouth_wide + 0.22 * m.smile.clamp(0) - 0.42 * m.pucker
     return 0.66 + 0.02 * m.smile, (0.235 + 0.05 * m.mouth_width) * stretch * (1 - 0.12 * m.mouth_open)
 
-# %% ../nbs/01_faces.ipynb #cell-058
+# %% ../nbs/01_faces.ipynb #cell-059
 def mouth_shape(h: Head) -> Maps:
     "The four lip curves at each pixel, and what they cover."
     m, (level, half) = h.m, mouth_line(h.m)
@@ -524,7 +523,7 @@ def mouth_shape(h: Head) -> Maps:
     lips = cover(torch.maximum(top - h.Y, h.Y - bottom), h.pixel) * sides
     return Maps(t=t, half=half, arch=arch, upper=upper, lower=lower, bottom=bottom, inner=inner, lips=lips)
 
-# %% ../nbs/01_faces.ipynb #cell-059
+# %% ../nbs/01_faces.ipynb #cell-060
 def paint_lips(h: Head, ink: Maps, paint: Tensor, mouth: Maps) -> Tensor:
     "Lips with a gloss on the lower one, the shade beneath, the seam between."
     paint = tint(paint, ink.shadow, 0.35 * stroke(h.Y - mouth.bottom - 0.05, 0.035, h.pixel) * mouth.arch * h.front)
@@ -533,7 +532,7 @@ def paint_lips(h: Head, ink: Maps, paint: Tensor, mouth: Maps) -> Tensor:
     seam = stroke(h.Y - mouth.upper, 0.016, h.pixel) * cover((mouth.t.abs() - 1.05) * mouth.half, h.pixel)
     return tint(paint, ink.lips * 0.28, 0.85 * seam * (1 - 0.5 * mouth.inner) * h.front)
 
-# %% ../nbs/01_faces.ipynb #cell-060
+# %% ../nbs/01_faces.ipynb #cell-061
 def paint_inside(h: Head, paint: Tensor, mouth: Maps) -> Tensor:
     "Dark, tongue, teeth: whatever the lips leave open."
     tongue = torch.sigmoid((h.Y - mouth.lower + 0.09) / 0.02) * mouth.arch
@@ -542,7 +541,7 @@ def paint_inside(h: Head, paint: Tensor, mouth: Maps) -> Tensor:
     inside = tint(inside, rgb(0.90, 0.88, 0.83, h.X), teeth)
     return tint(paint, inside * (0.6 + 0.4 * h.diffuse)[:, None], mouth.inner)
 
-# %% ../nbs/01_faces.ipynb #cell-062
+# %% ../nbs/01_faces.ipynb #cell-064
 def paint_folds(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     "Laugh lines, forehead lines, frown, nose wrinkle, bags and crow's feet."
     m, Y, A, p, old = h.m, h.Y, h.A, h.pixel, smoothstep(0.4, 1.0, h.m.age)
@@ -563,13 +562,13 @@ def paint_folds(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     rays = torch.remainder(Y + 0.01 - 0.25 * (side - 0.2), 0.06) - 0.03
     return crease(paint, stroke(rays, 0.010, p) * bump(side, Y, 0.23, 0.01, 0.06, 0.08), 0.35 * old + 0.25 * m.cheek, 0.5)
 
-# %% ../nbs/01_faces.ipynb #cell-063
+# %% ../nbs/01_faces.ipynb #cell-065
 def paint_beard(h: Head, ink: Maps, paint: Tensor, mouth: Maps) -> Tensor:
     "Three people in ten grow one (beard > 0.7)."
     area = smoothstep(0.35, 0.62, h.Y + 0.6 * (h.A - 0.1).clamp(0) ** 2 + 0.25 * h.A) * smoothstep(-0.20, 0.10, h.Z)
     return tint(paint, ink.hair * 0.9 + ink.skin * 0.1, 0.78 * smoothstep(0.70, 0.95, h.m.beard) * area * (1 - mouth.lips) * (1 - mouth.inner))
 
-# %% ../nbs/01_faces.ipynb #cell-064
+# %% ../nbs/01_faces.ipynb #cell-066
 def paint_hair(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     "Everything above a wavy hairline, and behind the ears; strands fan out from the crown."
     X, Y, m = h.X, h.Y, h.m
@@ -579,7 +578,7 @@ def paint_hair(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     strand = 0.85 + 0.13 * torch.sin(46 * angle + 2 * torch.sin(13 * angle)) + 0.07 * torch.sin(97 * angle + 6 * Y)
     return tint(paint, ink.hair * ((0.45 + 0.75 * h.diffuse) * strand)[:, None], area)
 
-# %% ../nbs/01_faces.ipynb #cell-065
+# %% ../nbs/01_faces.ipynb #cell-067
 def paint_glasses(h: Head, paint: Tensor) -> Tensor:
     "Three people in ten wear some (glasses > 0.7), half of them square ones: dark frames, or metal where they would not show on dark skin."
     m, p = h.m, h.pixel
@@ -593,7 +592,7 @@ def paint_glasses(h: Head, paint: Tensor) -> Tensor:
     colour = tint(rgb(0.66, 0.58, 0.44, h.X), rgb(0.07, 0.06, 0.07, h.X), smoothstep(0.30, 0.50, m.skin))
     return tint(paint, colour + 0.25 * h.specular[:, None], 0.92 * frame * worn)
 
-# %% ../nbs/01_faces.ipynb #cell-066
+# %% ../nbs/01_faces.ipynb #cell-068
 def paint_head(h: Head, ink: Maps) -> Tensor:  # (k 3)
     "All features in order; light falls on what is skin, the rest brings its own shade."
     mouth, eye = mouth_shape(h), eye_shape(h)
@@ -604,12 +603,12 @@ def paint_head(h: Head, ink: Maps) -> Tensor:  # (k 3)
     paint = paint_eyes(h, ink, paint_nose(h, paint_inside(h, paint, mouth)), eye)
     return paint_glasses(h, paint_hair(h, ink, paint_brows(h, ink, paint)))
 
-# %% ../nbs/01_faces.ipynb #cell-069
+# %% ../nbs/01_faces.ipynb #cell-071
 def layer(canvas: Tensor, alpha: Tensor, paint: Tensor, amount: Tensor) -> tuple[Tensor, Tensor]:
     "One more layer (n 3 h w) over a canvas, and the coverage (n h w) it adds to."
     return blend(canvas, paint, amount[:, None]), alpha + (1 - alpha) * amount
 
-# %% ../nbs/01_faces.ipynb #cell-070
+# %% ../nbs/01_faces.ipynb #cell-072
 def long_hair(h: Head, x: Tensor, y: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:  # shade, coverage: (n h w)
     "A rounded box behind the head for those with hair_length > 0.45; it swings a little with the head."
     x, length = x + 0.25 * h.R[:, 0, 2].view(-1, 1, 1), h.m.hair_length
@@ -619,7 +618,7 @@ def long_hair(h: Head, x: Tensor, y: Tensor, side: Tensor) -> tuple[Tensor, Tens
     shade = 0.55 + 0.07 * torch.sin(60 * x + 2 * torch.sin(3 * y)) + 0.05 * torch.sin(23 * x + y) + 0.1 * x * side
     return shade, cover(distance, h.pixel) * (length > 0.45)
 
-# %% ../nbs/01_faces.ipynb #cell-071
+# %% ../nbs/01_faces.ipynb #cell-073
 def neck_and_clothes(h: Head, x: Tensor, y: Tensor, side: Tensor) -> list:  # [(ink name, shade, coverage)]
     "The body does not turn; it carries the head."
     a = x.abs()
@@ -631,7 +630,7 @@ def neck_and_clothes(h: Head, x: Tensor, y: Tensor, side: Tensor) -> list:  # [(
         ("cloth", 0.85 - 0.25 * a / 1.75 + 0.12 * x * side + 0.04 * torch.sin(9 * x), cover(torch.maximum(shoulders, -collar), h.pixel)),
     ]
 
-# %% ../nbs/01_faces.ipynb #cell-072
+# %% ../nbs/01_faces.ipynb #cell-074
 def hair_and_ears(h: Head, y: Tensor, side: Tensor) -> list:
     "The volume of the hair behind the face, and the ears unless long hair hides them."
     width = h.m.face_width
@@ -643,7 +642,7 @@ def hair_and_ears(h: Head, y: Tensor, side: Tensor) -> list:
         layers.append(("skin", shade, cover(distance, h.pixel) * (h.m.hair_length < 0.75)))
     return layers
 
-# %% ../nbs/01_faces.ipynb #cell-073
+# %% ../nbs/01_faces.ipynb #cell-075
 def paint_person(
     i: Identity,
     e: Expression,
@@ -663,7 +662,7 @@ def paint_person(
     face = inside * smoothstep(-0.68, -0.60, h.Y) * smoothstep(-0.15, -0.05, h.Z)
     return develop(canvas, flat, paint, inside), alpha + (1 - alpha) * inside, face
 
-# %% ../nbs/01_faces.ipynb #cell-074
+# %% ../nbs/01_faces.ipynb #cell-076
 def paint_background(i: Identity, x: Tensor, y: Tensor) -> Tensor:  # (n 3 h w)
     "A muted wall, softly lit, with one edge in it."
     hue, value = i.background_hue.view(-1, 1, 1), i.background_value.view(-1, 1, 1)
@@ -672,7 +671,7 @@ def paint_background(i: Identity, x: Tensor, y: Tensor) -> Tensor:  # (n 3 h w)
     edge = torch.sigmoid((x * torch.cos(3 * hue) + 0.3 * y - 2 * value + 0.6) / 0.05)
     return (tone[:, :, None, None] * (light * (1 - 0.16 * edge))[:, None]).clamp(0, 1)
 
-# %% ../nbs/01_faces.ipynb #cell-075
+# %% ../nbs/01_faces.ipynb #cell-077
 FACE_PLACE = (0.0, -0.16, 0.62)  # where `render_face` puts the head: x, y and scale, the picture being two units high
 
 
@@ -684,18 +683,18 @@ def matched(identity: Identity, expression: Expression) -> tuple[Identity, Expre
         raise ValueError(f"want as many identities as expressions (or a single identity), got {len(identity)} and {len(expression)}")
     return identity, expression
 
-# %% ../nbs/01_faces.ipynb #cell-076
+# %% ../nbs/01_faces.ipynb #cell-078
 def in_chunks(n: int, pixels: int, budget: int = 65536) -> list[slice]:
     "Slices of a batch small enough that a map stays in the processor's cache (on a GPU the budget is larger)."
     step = max(1, budget // pixels)
     return [slice(k, min(k + step, n)) for k in range(0, n, step)]
 
-# %% ../nbs/01_faces.ipynb #cell-077
+# %% ../nbs/01_faces.ipynb #cell-079
 def chunk_budget(device) -> int:
     "Pixels a chunk: what fits a CPU's cache, or keeps a GPU busy."
     return 65536 if torch.device(device).type == "cpu" else 1 << 23
 
-# %% ../nbs/01_faces.ipynb #cell-078
+# %% ../nbs/01_faces.ipynb #cell-080
 @torch.no_grad()
 def render_face(
     identity: Identity,  # n people, or one for all
@@ -712,7 +711,7 @@ def render_face(
         pictures.append(paint_person(i, e, (x - cx) / scale, (y - cy) / scale, pixel, paint_background(i, x, y))[0])
     return torch.cat(pictures).clamp(0, 1) if pictures else torch.zeros(0, 3, size, size, device=device)
 
-# %% ../nbs/01_faces.ipynb #cell-088
+# %% ../nbs/01_faces.ipynb #cell-090
 CROP_TEMPLATE = torch.tensor([[0.3843, 0.27], [0.62, 0.2668], [0.503, 0.4185], [0.406, 0.5273], [0.5977, 0.525]])  # x, y as fractions of the crop (PAPER, section 2)
 
 
@@ -728,14 +727,14 @@ def five_points_3d(identity: Identity, expression: Expression) -> Tensor:  # (n 
     R, neck = rotation(expression.yaw, expression.pitch, expression.roll), NECK.to(X)
     return (torch.cat([X, Y, Z], 2) - neck) @ R.transpose(1, 2) + neck
 
-# %% ../nbs/01_faces.ipynb #cell-089
+# %% ../nbs/01_faces.ipynb #cell-091
 def face_landmarks(identity: Identity, expression: Expression) -> Tensor:  # (n 5 2) x, y as fractions of `render_face`'s picture
     "The five points in the pictures of `render_face`, exactly."
     cx, cy, scale = FACE_PLACE
     places = five_points_3d(identity, expression)[..., :2] * scale + torch.tensor([cx, cy]).to(expression.yaw)
     return (places + 1) / 2
 
-# %% ../nbs/01_faces.ipynb #cell-090
+# %% ../nbs/01_faces.ipynb #cell-092
 @torch.no_grad()
 def render_crops(
     identity: Identity,
@@ -760,7 +759,7 @@ def render_crops(
         crops.append(paint_person(identity[part], expression[part], X, Y, 1 / size / s, paint_background(identity[part], X * 0.62, Y * 0.62))[0])
     return torch.cat(crops).clamp(0, 1) * 2 - 1 if crops else torch.zeros(0, 3, size, size)
 
-# %% ../nbs/01_faces.ipynb #cell-093
+# %% ../nbs/01_faces.ipynb #cell-095
 @dataclass
 class Scene:
     "People and their places. Everyone shares the first person's background and light."
@@ -788,7 +787,7 @@ class Scene:
     def __len__(self):
         return len(self.identity)
 
-# %% ../nbs/01_faces.ipynb #cell-094
+# %% ../nbs/01_faces.ipynb #cell-096
 def head_places(scene: Scene, size: tuple[int, int]) -> Tensor:  # (p 3): x, y and scale in picture units (the picture is two high)
     "Where the heads' frames are. Scale is what a picture of that shape has room for."
     h, w = size
@@ -796,7 +795,7 @@ def head_places(scene: Scene, size: tuple[int, int]) -> Tensor:  # (p 3): x, y a
     scale = 0.62 * room * scene.place[:, 2]
     return torch.stack([(scene.place[:, 0] * 2 - 1) * w / h, scene.place[:, 1] + 0.45 * (1 - room), scale], 1)
 
-# %% ../nbs/01_faces.ipynb #cell-095
+# %% ../nbs/01_faces.ipynb #cell-097
 def mask_boxes(mask: Tensor) -> Tensor:  # (f 4) xyxy in pixels, right and bottom edges exclusive
     "Tight boxes around masks (f h w) > 0.5; all zero where a mask is empty."
     edges = []
@@ -807,7 +806,7 @@ def mask_boxes(mask: Tensor) -> Tensor:  # (f 4) xyxy in pixels, right and botto
     (x0, x1), (y0, y1) = edges[0].T, edges[1].T
     return torch.stack([x0, y0, x1, y1], 1).float()
 
-# %% ../nbs/01_faces.ipynb #cell-096
+# %% ../nbs/01_faces.ipynb #cell-098
 def paint_in_window(scene: Scene, k: int, motion: Expression, canvas: Tensor, owners: Tensor, size) -> Tensor:  # boxes (f 4)
     "Person k onto the canvas (f 3 h w), in place, painting only the columns and rows they can reach."
     (h, w), (cx, cy, scale) = size, head_places(scene, size)[k].tolist()
@@ -824,7 +823,7 @@ def paint_in_window(scene: Scene, k: int, motion: Expression, canvas: Tensor, ow
         boxes.append(box + torch.tensor([columns.start, rows.start] * 2).to(box) * (box.amax(1, keepdim=True) > 0))
     return torch.cat(boxes)
 
-# %% ../nbs/01_faces.ipynb #cell-097
+# %% ../nbs/01_faces.ipynb #cell-099
 @torch.no_grad()
 def render_scene(
     scene: Scene,
@@ -843,7 +842,7 @@ def render_scene(
         boxes[:, k] = paint_in_window(scene, k, motions[k], canvas, owners, size)
     return canvas.clamp(0, 1), boxes, owners
 
-# %% ../nbs/01_faces.ipynb #cell-100
+# %% ../nbs/01_faces.ipynb #cell-102
 def smooth_noise(frames: int, width: float, g: torch.Generator) -> Tensor:  # (frames,), unit variance
     "White noise blurred by a Gaussian of `width` frames."
     reach = max(1, int(3 * width))
@@ -851,7 +850,7 @@ def smooth_noise(frames: int, width: float, g: torch.Generator) -> Tensor:  # (f
     noise = torch.randn(1, 1, frames + 2 * reach, generator=g)
     return F.conv1d(noise, (kernel / kernel.norm())[None, None])[0, 0]
 
-# %% ../nbs/01_faces.ipynb #cell-101
+# %% ../nbs/01_faces.ipynb #cell-103
 def saccades(frames: int, fps: float, g: torch.Generator) -> Tensor:  # (frames,) in [-1, 1]
     "A gaze that rests for 0.3 to 1.5 seconds and jumps within one frame."
     curve, start = torch.zeros(frames), 0
@@ -861,7 +860,7 @@ def saccades(frames: int, fps: float, g: torch.Generator) -> Tensor:  # (frames,
         start += hold
     return curve
 
-# %% ../nbs/01_faces.ipynb #cell-102
+# %% ../nbs/01_faces.ipynb #cell-104
 def pulses(frames: int, fps: float, gaps: tuple, rise: float, fall: float, g: torch.Generator) -> Tensor:  # (frames,) in [0, 1]
     "Pulses at random gaps (seconds, low to high): a quick rise, a slower fall (seconds)."
     now, curve = torch.arange(frames) / fps, torch.zeros(frames)
@@ -873,7 +872,7 @@ def pulses(frames: int, fps: float, gaps: tuple, rise: float, fall: float, g: to
         start += gaps[0] + (gaps[1] - gaps[0]) * torch.rand(1, generator=g).item()
     return curve
 
-# %% ../nbs/01_faces.ipynb #cell-103
+# %% ../nbs/01_faces.ipynb #cell-105
 def random_motion(
     frames: int,
     seed: int,

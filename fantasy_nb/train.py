@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import data_samples, default_device
-from .data import REGION_MARGIN, ClipConfig, SceneClips, collate, portrait_boxes
+from .data import REGION_MARGIN, SceneClips, collate, portrait_boxes
 from .dit import DiT, DiTConfig
 from .expression import ExpressionEncoder
-from .flow import flow_loss, loss_per_bin, uniform_times
+from .flow import flow_loss, uniform_times
 from .regions import add_expression, attention_mask, face_regions, pool_regions
 from .tokens import ExpressionTokens, TokenConfig, window_tokens
 from .vae import VideoVAE

@@ -1,0 +1,175 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fantasy_nb.animate import (Animation, PipelineConfig, PortraitPipeline, blend_windows, check_assignment, fit_portrait, main, window_starts)
+from fantasy_nb.core import data_samples, read_image, read_video, write_image, write_video
+from fantasy_nb.faces import paint_background, pixel_grid, Identity
+
+PORTRAIT, DRIVERS = str(data_samples("portrait_two.png")), [str(data_samples(f"driver_{k}.mp4")) for k in "ab"]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return PortraitPipeline.from_pretrained("tiny")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 13, 50])
+def test_windows_cover_the_film_and_overlap(length):
+    starts, n = window_starts(length, 3, 1), min(3, length)
+    seen = [s + i for s in starts for i in range(n)]
+    assert set(seen) == set(range(length)) and starts == sorted(set(starts))
+    assert all(b - a <= 2 for a, b in zip(starts, starts[1:]))
+
+
+def test_blending_constant_windows_changes_nothing():
+    whole = torch.randn(1, 2, 8, 3, 3)
+    starts = window_starts(7, 3, 1)
+    parts = torch.stack([whole[0][:, [0] + list(range(s + 1, s + 4))] for s in starts])
+    torch.testing.assert_close(blend_windows(parts, starts, 7), whole)
+
+
+def test_portraits_are_scaled_to_the_faces_the_model_knows():
+    picture, boxes = np.zeros((300, 500, 3), np.uint8), torch.tensor([[50.0, 60, 130, 160], [300, 60, 380, 160]])
+    working, moved, size = fit_portrait(picture, boxes, PipelineConfig())
+    assert working.shape[0] % 16 == working.shape[1] % 16 == 0 and size == (102, 170)
+    assert abs((moved[0, 3] - moved[0, 1]).item() - 34) < 0.5
+    with pytest.raises(ValueError, match="crop it around the faces"):
+        fit_portrait(np.zeros((3000, 5000, 3), np.uint8), boxes, PipelineConfig())
+
+
+def test_assignment():
+    assert check_assignment(None, 2, 3) == [1, 2] and check_assignment([3, 1], 2, 3) == [3, 1]
+    for wrong in ([1, 1], [0, 1], [1, 4], [1]):
+        with pytest.raises(ValueError, match="different people"):
+            check_assignment(wrong, 2, 3)
+
+
+def test_two_people_film(pipeline, tmp_path):
+    film = pipeline(PORTRAIT, DRIVERS, frames=10, steps=2, show=False)
+    assert isinstance(film, Animation) and len(film.frames) == 10 and film.frames.dtype == np.uint8 and film.fps == 25 and len(film.tracks) == 2
+    again = pipeline(PORTRAIT, DRIVERS, frames=10, steps=2, show=False)
+    assert np.array_equal(film.frames, again.frames)
+    assert not np.array_equal(film.frames, pipeline(PORTRAIT, DRIVERS, frames=10, steps=2, seed=1, show=False).frames)
+    film.save(tmp_path / "film.mp4", compare=True)
+    frames, fps = read_video(tmp_path / "film.mp4")
+    assert frames.shape[0] == 10 and fps == 25 and frames.shape[1] == 256
+
+
+def test_swapping_drivers_swaps_who_moves(pipeline):
+    "Only the right person gets a driver: the left half of the film stays nearly still."
+    film = pipeline(PORTRAIT, DRIVERS[:1], frames=24, assign=[2], show=False).frames.astype(float)
+    half = film.shape[2] // 2
+    left, right = (np.abs(np.diff(part, axis=0)).mean() for part in (film[:, :, :half], film[:, :, half:]))
+    assert right > 2 * left
+
+
+def test_people_follow_their_own_driver_and_not_the_other(pipeline):
+    from fantasy_nb.tracking import measure_expression, track_faces
+
+    truth = [json.loads(data_samples(f"driver_{k}.json").read_text()) for k in "ab"]
+    film = pipeline(PORTRAIT, DRIVERS, show=False)
+    seen = [measure_expression(track) for track in track_faces(film.frames, 2)]
+    assert len(seen) == 2
+    for name in ("yaw", "mouth_open"):
+        for k in (0, 1):
+            own, other = (np.corrcoef(truth[j][name], seen[k][name])[0, 1] for j in (k, 1 - k))
+            assert own > 0.6 and own > abs(other) + 0.3, (name, k, own, other)
+
+
+def test_shapes_of_input(pipeline):
+    picture, (frames, fps) = read_image(data_samples("portrait_one.png")), read_video(DRIVERS[0], 6)
+    a = pipeline(picture, (frames, fps), steps=1, show=False)
+    b = pipeline(torch.from_numpy(picture).permute(2, 0, 1) / 255, [frames], steps=1, show=False)
+    assert len(a.frames) == 6 and np.array_equal(a.frames, b.frames)
+
+
+def test_one_video_with_two_people_drives_two_people(pipeline):
+    from fantasy_nb.faces import Scene, random_motion, render_scene
+
+    film, _, _ = render_scene(Scene.sample(2, 77), [random_motion(6, 1), random_motion(6, 2)], (256, 384))
+    assert pipeline(PORTRAIT, film, steps=1, show=False).people == [1, 2]
+
+
+def test_saved_pipeline_is_the_same(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "weights")
+    assert not list((tmp_path / "weights").rglob("*.pt")) and not list((tmp_path / "weights").rglob("*.bin"))
+    again = PortraitPipeline.from_pretrained(tmp_path / "weights")
+    a, b = (p(PORTRAIT, DRIVERS, frames=4, steps=1, show=False).frames for p in (pipeline, again))
+    assert np.array_equal(a, b)
+
+
+@pytest.fixture
+def wrong(tmp_path):
+    "Files that are not what they say."
+    text = tmp_path / "text.mp4"
+    text.write_text("this is no video\n")
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    wall = tmp_path / "wall.png"
+    background = paint_background(Identity.sample(1, 9), *pixel_grid(256, 256))[0]
+    write_image(wall, background)
+    faceless = tmp_path / "faceless.mp4"
+    write_video(faceless, background[None].repeat(5, 1, 1, 1))
+    (tmp_path / "folder.mp4").mkdir()
+    return tmp_path
+
+
+ONE = str(data_samples("portrait_one.png"))
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["nowhere.png", "--drive", DRIVERS[0]], "nowhere.png"),
+    ([ONE, "--drive", "nowhere.mp4"], "nowhere.mp4"),
+    ([ONE, "--drive", "{}/text.mp4"], "text.mp4"),
+    ([ONE, "--drive", "{}/empty.mp4"], "empty.mp4"),
+    (["{}/wall.png", "--drive", DRIVERS[0]], "face"),
+    ([ONE, "--drive", "{}/faceless.mp4"], "face"),
+    ([ONE, "--drive", DRIVERS[0], "--drive", DRIVERS[1]], "got 2"),
+    ([PORTRAIT, "--drive", DRIVERS[0], "--assign", "3"], "assign"),
+    ([ONE, "--drive", DRIVERS[0], "--frames", "0"], "frames=0"),
+    ([ONE, "--drive", DRIVERS[0], "--weights", "huge"], "huge"),
+    ([ONE, "--drive", DRIVERS[0], "-o", "{}/folder.mp4"], "folder"),
+    ([ONE, "--drive", DRIVERS[0], "-o", "{}/film.xyz"], ".mp4"),
+    ([ONE, "--drive", DRIVERS[0], "-o", "/proc/nothing/film.mp4"], "/proc/nothing"),
+    (["{}/text.mp4", "--drive", DRIVERS[0]], "text.mp4"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_nothing_is_written(arguments, says, wrong, capfd):
+    before = sorted(wrong.rglob("*"))
+    arguments = [a.format(wrong) for a in arguments]
+    arguments += [] if "-o" in arguments else ["-o", str(wrong / "out.mp4")]
+    assert main([*arguments, "--quiet"]) == 2
+    error = capfd.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and says in error[0] and error[0].startswith("fantasy-animate: "), error
+    assert sorted(wrong.rglob("*")) == before
+
+
+def test_arguments_that_argparse_refuses_are_one_line(capfd):
+    with pytest.raises(SystemExit) as stop:
+        main([ONE])
+    assert stop.value.code == 2 and len(capfd.readouterr().err.strip().splitlines()) == 1
+
+
+def test_command_writes_film_and_sheet(tmp_path, capfd):
+    out, sheet = tmp_path / "new" / "film.mp4", tmp_path / "sheet.png"
+    assert main([PORTRAIT, "--drive", DRIVERS[0], "--drive", DRIVERS[1], "-o", str(out), "--frames", "5", "--steps", "1", "--compare", "--sheet", str(sheet)]) == 0
+    import av
+
+    with av.open(str(out)) as container:
+        assert container.streams.video[0].codec_context.name == "h264" and container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+        assert "Generated" in container.metadata.get("comment", "")
+    assert read_image(sheet).ndim == 3
+    assert "denoising" in capfd.readouterr().err
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "real"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="real footage is not here")
+def test_real_footage_drives_and_is_driven(tmp_path):
+    assert main([ONE, "--drive", str(SHARED / "biden.mp4"), "-o", str(tmp_path / "a.mp4"), "--frames", "12", "--steps", "2", "--quiet"]) == 0
+    assert main([str(SHARED / "two_person.png"), "--drive", DRIVERS[0], "--drive", DRIVERS[1], "-o", str(tmp_path / "b.mp4"), "--frames", "12", "--steps", "2", "--quiet"]) == 0
+    assert [len(read_video(tmp_path / f"{k}.mp4")[0]) for k in "ab"] == [12, 12]
