@@ -34,6 +34,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fantasy_nb.animate.build_parser': ('animate.html#build_parser', 'fantasy_nb/animate.py'),
                                     'fantasy_nb.animate.check_assignment': ('animate.html#check_assignment', 'fantasy_nb/animate.py'),
                                     'fantasy_nb.animate.check_output': ('animate.html#check_output', 'fantasy_nb/animate.py'),
+                                    'fantasy_nb.animate.face_boxes': ('animate.html#face_boxes', 'fantasy_nb/animate.py'),
                                     'fantasy_nb.animate.fit_portrait': ('animate.html#fit_portrait', 'fantasy_nb/animate.py'),
                                     'fantasy_nb.animate.load_driver': ('animate.html#load_driver', 'fantasy_nb/animate.py'),
                                     'fantasy_nb.animate.load_portrait': ('animate.html#load_portrait', 'fantasy_nb/animate.py'),

@@ -10,10 +10,12 @@ __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'image_condition', 'An
 
 # %% ../nbs/10_train.ipynb #cell-004
 import argparse
+import copy
 import csv
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -89,17 +91,17 @@ class Animator(nn.Module):
         x = torch.cat([x_t, image_condition(portrait, x_t.shape[2]).to(x_t)], 1)
         return portrait + self.dit(x, t * 1000, expression=expression, expression_mask=mask, expression_scale=scale)
 
-    def save_pretrained(self, folder):
-        "Write dit/ (config.json and safetensors) and tokens/."
+    def save_pretrained(self, folder, dtype: torch.dtype = torch.float32):
+        "Write dit/ (config.json and safetensors) and tokens/; float16 halves the files."
         folder = Path(folder)
-        self.dit.save_pretrained(folder / "dit")
+        copy.deepcopy(self.dit).to(dtype).save_pretrained(folder / "dit")
         (folder / "tokens").mkdir(parents=True, exist_ok=True)
         (folder / "tokens" / "config.json").write_text(json.dumps(asdict(self.tokens.config), indent=2))
-        save_file(self.tokens.state_dict(), folder / "tokens" / "model.safetensors")
+        save_file({k: v.to(dtype).contiguous() for k, v in self.tokens.state_dict().items()}, folder / "tokens" / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu") -> "Animator":
-        "Read what `save_pretrained` wrote. Raises FileNotFoundError naming what is missing."
+        "Read what `save_pretrained` wrote, as float32. Raises FileNotFoundError naming what is missing."
         folder = Path(folder)
         for part in ("dit/config.json", "tokens/config.json", "tokens/model.safetensors"):
             if not (folder / part).is_file():
@@ -110,7 +112,7 @@ class Animator(nn.Module):
         nn.Module.__init__(self)
         self.tokens = ExpressionTokens(TokenConfig(**stored)).to(device)
         self.tokens.load_state_dict(load_file(folder / "tokens" / "model.safetensors", device=str(device)))
-        self.dit = DiT.from_pretrained(folder / "dit", add_expression, device=device)
+        self.dit = DiT.from_pretrained(folder / "dit", add_expression, torch.float32, device)
         return self.eval()
 
 # %% ../nbs/10_train.ipynb #cell-011
@@ -409,7 +411,7 @@ def main(arguments=None) -> int:
     try:
         return run_training(args)
     except (FileNotFoundError, ValueError, FloatingPointError, OSError) as error:
-        print(f"fantasy-train: {error}")
+        print(f"fantasy-train: {error}", file=sys.stderr)
         return 2
 
 # %% ../nbs/10_train.ipynb #cell-047
@@ -426,6 +428,6 @@ def run_training(args: argparse.Namespace) -> int:
     ema = train(animator, LatentClips(cache), config, args.run, args.resume, args.max_minutes, channels=channel_weights(vae))
     animator.load_state_dict(ema.shadow)
     out = args.out or args.run / "weights"
-    animator.save_pretrained(out)
+    animator.save_pretrained(out, torch.float16)
     print(f"weights in {out}")
     return 0

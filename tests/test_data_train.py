@@ -193,4 +193,4 @@ def test_command_end_to_end(tmp_path, cache, capsys):
     assert main([*arguments, "--out", str(tmp_path / "weights")]) == 0
     assert (Path(tmp_path) / "weights" / "dit" / "config.json").exists() and (tmp_path / "run" / "checkpoint.pt").exists()
     assert main(["--parts", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run2")]) == 2
-    assert "no config.json" in capsys.readouterr().out
+    assert "no config.json" in capsys.readouterr().err
