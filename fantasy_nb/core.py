@@ -84,7 +84,7 @@ def as_frames(
     "Frames as files and screens want them; one rounding, no wrap-around."
     if isinstance(frames, (list, tuple)):
         frames = np.stack([np.asarray(frame.detach().cpu() if isinstance(frame, Tensor) else frame) for frame in frames])
-    x = frames.detach().cpu() if isinstance(frames, Tensor) else torch.from_numpy(np.ascontiguousarray(frames))
+    x = frames.detach().cpu() if isinstance(frames, Tensor) else torch.from_numpy(np.require(frames, requirements="CW"))
     x = x[None] if x.ndim == 3 else x
     if x.dtype == torch.uint8 and x.ndim == 4 and x.shape[-1] == 3:
         return x.numpy()
