@@ -224,7 +224,8 @@ class LatentClips:
                 self.clips.setdefault(int(index), {})[part] = value
         self.groups: dict[tuple, list] = {}
         for index in sorted(self.clips):
-            self.groups.setdefault(tuple(self.clips[index]["latents"].shape), []).append(index)
+            shape = tuple(self.clips[index]["latents"].shape) + tuple(self.clips[index]["features"].shape)
+            self.groups.setdefault(shape, []).append(index)
 
     def __len__(self):
         return len(self.clips)

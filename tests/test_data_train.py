@@ -97,7 +97,7 @@ def test_after_training_each_person_listens_to_their_own_features_in_the_express
     key, value = memory.keys_values(expression)
     n = mask.shape[2]
     query = torch.randn(1, 4 * n, 3, 32)
-    out = memory(query, key, value, memory.guard(mask, 1.0, (1, 4, n)))
+    out = memory(query, key, value, memory.guard(key, mask, 1.0, (1, 4, n)))
     for person in (0, 1):
         mine = (batch["owners"][0] == person + 1).flatten()
         (gradient,) = torch.autograd.grad(out[0, mine].square().sum(), features, retain_graph=True)
