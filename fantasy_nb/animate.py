@@ -36,7 +36,7 @@ class PipelineConfig:
     most_pixels: int = 64 * 480  # a larger working picture is refused: its faces would be many and small
     window: int = 3  # latent frames a window has beside the portrait's
     overlap: int = 1  # latent frames that neighbouring windows share
-    steps: int = 8
+    steps: int = 4
     guidance: float = 1.5
     shift: float = 5.0
     prediction: str = "clean"
