@@ -32,9 +32,9 @@ from .vae import VideoVAE
 class PipelineConfig:
     "How a set of weights wants to be used."
 
-    face_height: float = 30.5  # pixels: the mean size of faces in training
-    most_pixels: int = 64 * 480  # a larger working picture is refused: its faces would be many and small
-    window: int = 3  # latent frames a window has beside the portrait's
+    face_height: float = 47.5  # pixels: the mean size of faces in training
+    most_pixels: int = 96 * 1024  # a larger working picture is refused: its faces would be many and small
+    window: int = 2  # latent frames a window has beside the portrait's
     overlap: int = 1  # latent frames that neighbouring windows share
     steps: int = 4
     guidance: float = 1.5

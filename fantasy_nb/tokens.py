@@ -43,7 +43,7 @@ class TokenConfig:
     @classmethod
     def tiny(cls):
         "For two CPU cores."
-        return cls(width=192, resampler_width=128, depth=1, heads=2, frame_position=True)
+        return cls(width=64, resampler_width=64, depth=1, heads=2, head_width=32, frame_position=True)
 
     @property
     def tokens_per_frame(self) -> int:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'image_condition', 'Animator', 'paint_boxes', 'loss_weight',
-           'channel_weights', 'owners_from_portrait', 'write_whole', 'encode_clip', 'encode_clips', 'LatentClips',
-           'TrainConfig', 'step_generator', 'animator_loss', 'EMA', 'save_checkpoint', 'load_checkpoint',
-           'held_out_loss', 'train', 'append_log', 'plan', 'build_parser', 'main', 'run_training']
+           'channel_weights', 'owners_from_portrait', 'write_whole', 'encode_clip', 'mirrored', 'encode_clips',
+           'LatentClips', 'TrainConfig', 'step_generator', 'animator_loss', 'EMA', 'save_checkpoint', 'load_checkpoint',
+           'place_in_group', 'average_gradients', 'held_out_loss', 'train', 'append_log', 'plan', 'build_parser',
+           'main', 'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-004
 import argparse
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file, save_file
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import data_samples, default_device
-from .data import REGION_MARGIN, SceneClips, collate, portrait_boxes
+from .data import REGION_MARGIN, Clip, SceneClips, collate, portrait_boxes
 from .dit import DiT, DiTConfig
 from .expression import ExpressionEncoder
 from .flow import flow_loss, uniform_times
@@ -144,11 +146,11 @@ def loss_weight(
 # %% ../nbs/10_train.ipynb #cell-013
 @torch.no_grad()
 def channel_weights(vae: VideoVAE) -> Tensor:  # (c 1 1 1), mean 1
-    "How much a unit of each latent channel changes the picture (root mean square): an error in a channel nobody sees should cost little."
+    "How much a unit of each latent channel changes the picture (mean square): weighted so, errors of latents count as errors of pixels."
     c, device = vae.config.latent_channels, next(vae.parameters()).device
     middle = torch.zeros(1, c, 1, 8, 8, device=device)
     picture = vae.decode(middle)
-    change = [(vae.decode(middle + F.one_hot(torch.tensor(k), c).to(middle).view(1, c, 1, 1, 1)) - picture).square().mean().sqrt() for k in range(c)]
+    change = [(vae.decode(middle + F.one_hot(torch.tensor(k), c).to(middle).view(1, c, 1, 1, 1)) - picture).square().mean() for k in range(c)]
     return (torch.stack(change) / torch.stack(change).mean()).view(c, 1, 1, 1)
 
 # %% ../nbs/10_train.ipynb #cell-014
@@ -176,7 +178,7 @@ def write_whole(path: Path, write) -> None:
 
 # %% ../nbs/10_train.ipynb #cell-020
 @torch.no_grad()
-def encode_clip(clip, vae: VideoVAE, encoder: ExpressionEncoder) -> dict[str, Tensor]:
+def encode_clip(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder) -> dict[str, Tensor]:
     "Pixels -> latents (c t h w), features (p f 554), owners (t n), weight (1 t h w): all that training reads."
     device = next(vae.parameters()).device
     batch = collate([clip])
@@ -189,6 +191,14 @@ def encode_clip(clip, vae: VideoVAE, encoder: ExpressionEncoder) -> dict[str, Te
     return {name: value.cpu().contiguous() for name, value in parts.items()}
 
 # %% ../nbs/10_train.ipynb #cell-021
+def mirrored(clip: Clip, seed: int) -> Clip:
+    "The clip in a mirror and under another lamp: drawing costs more than learning, so each drawing is used twice."
+    g, (x0, y0, x1, y1) = torch.Generator().manual_seed(seed), clip.boxes.unbind(-1)
+    width, gain = clip.frames.shape[-1], (0.2 * torch.randn(3, 1, 1, generator=g)).exp()
+    frames = (clip.frames.flip(-1) * gain.to(clip.frames.device)).clamp(0, 255).to(torch.uint8)
+    return Clip(frames, torch.stack([width - x1, y0, width - x0, y1], -1), clip.crops.flip(-1), [])
+
+# %% ../nbs/10_train.ipynb #cell-022
 def encode_clips(
     clips,  # an indexable of Clip
     count: int,  # how many of them
@@ -198,18 +208,22 @@ def encode_clips(
     shard: int = 25,  # clips a file
     show: bool = True,
 ) -> None:
-    "Fill a cache folder with shards; those that exist already are kept."
+    "Fill a cache folder with shards; those that exist already are kept. Clip i makes entries 2i and, mirrored, 2i + 1."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=count, desc="encoding clips", unit="clip", disable=not show) as bar:
         for start in range(0, count, shard):
             path, stop = folder / f"clips-{start:06d}.safetensors", min(start + shard, count)
             if not path.exists():
-                rows = {f"{i}.{name}": value for i in range(start, stop) for name, value in encode_clip(clips[i], vae, encoder).items()}
+                rows = {}
+                for i in range(start, stop):
+                    clip = clips[i]
+                    for k, seen in enumerate((clip, mirrored(clip, i))):
+                        rows |= {f"{2 * i + k}.{name}": value for name, value in encode_clip(seen, vae, encoder).items()}
                 write_whole(path, lambda part: save_file(rows, part))  # noqa: B023
             bar.update(stop - start)
 
-# %% ../nbs/10_train.ipynb #cell-022
+# %% ../nbs/10_train.ipynb #cell-023
 class LatentClips:
     "The cache in memory. A batch is a pure function of the step, so that a resumed run sees what the broken one would have seen."
 
@@ -241,7 +255,7 @@ class LatentClips:
         group = groups[torch.multinomial(torch.tensor([float(len(x)) for x in groups]), 1, generator=g).item()]
         return self.stack([group[i] for i in torch.randint(len(group), (size,), generator=g).tolist()])
 
-# %% ../nbs/10_train.ipynb #cell-024
+# %% ../nbs/10_train.ipynb #cell-025
 @dataclass(frozen=True)
 class TrainConfig:
     "What a training run is; the same config and seed give the same weights on the same machine."
@@ -264,12 +278,12 @@ class TrainConfig:
         end = max(1, round(self.decay * self.steps))
         return self.lr * min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / end))
 
-# %% ../nbs/10_train.ipynb #cell-025
-def step_generator(seed: int, step: int) -> torch.Generator:
-    "All randomness of one step comes from here."
-    return torch.Generator().manual_seed(seed * 10_000_019 + step)
-
 # %% ../nbs/10_train.ipynb #cell-026
+def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
+    "All randomness of one step (in one process) comes from here."
+    return torch.Generator().manual_seed(seed * 10_000_019 + step + rank * 1_000_000_007)
+
+# %% ../nbs/10_train.ipynb #cell-027
 def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainConfig, g: torch.Generator):
     "Flow-matching loss of one batch (chapter 08's `flow_loss`), weighted by `batch['weight']`."
     latents, b = batch["latents"], len(batch["latents"])
@@ -282,7 +296,7 @@ def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainCon
     noise = torch.randn(latents.shape, generator=g).to(latents.device)
     return flow_loss(model, latents, t, noise, config.prediction, batch["weight"])
 
-# %% ../nbs/10_train.ipynb #cell-029
+# %% ../nbs/10_train.ipynb #cell-030
 class EMA:
     "A moving average of the weights: smoother than the weights themselves, and what is shipped."
 
@@ -293,17 +307,17 @@ class EMA:
     def update(self, model: nn.Module, step: int):
         "After a step. Early on the average is short: min(decay, (1 + step) / (10 + step))."
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in model.state_dict().items():
-            self.shadow[name].lerp_(value, 1 - decay)
+        state = model.state_dict()
+        torch._foreach_lerp_([self.shadow[name] for name in state], list(state.values()), 1 - decay)
 
-# %% ../nbs/10_train.ipynb #cell-030
+# %% ../nbs/10_train.ipynb #cell-031
 def save_checkpoint(path: Path, step: int, animator: Animator, optimizer, ema: EMA, config: TrainConfig) -> None:
     "Atomic: the old checkpoint stays until the new one is whole."
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"step": step, "model": animator.state_dict(), "ema": ema.shadow, "optimizer": optimizer.state_dict(), "config": asdict(config)}
     write_whole(path, lambda part: torch.save(state, part))
 
-# %% ../nbs/10_train.ipynb #cell-031
+# %% ../nbs/10_train.ipynb #cell-032
 def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config: TrainConfig) -> int:  # the next step
     "Restore a run in place (weights_only: no code in the file can run). Raises ValueError where the config is another."
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -315,7 +329,22 @@ def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config:
     ema.shadow = {k: v.clone() for k, v in state["ema"].items()}
     return state["step"]
 
-# %% ../nbs/10_train.ipynb #cell-032
+# %% ../nbs/10_train.ipynb #cell-033
+def place_in_group() -> tuple[int, int]:  # rank, processes
+    "Which of how many processes this one is; (0, 1) when it is alone."
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def average_gradients(model: nn.Module, late: bool) -> bool:
+    "Mean gradient of all processes, in place; True where any of them is late, so that all stop at the same step."
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads] + [grads[0].new_tensor([float(late)])])
+    dist.all_reduce(flat)
+    for g, mean in zip(grads, (flat[:-1] / dist.get_world_size()).split([g.numel() for g in grads])):
+        g.copy_(mean.view_as(g))
+    return flat[-1].item() > 0
+
+# %% ../nbs/10_train.ipynb #cell-034
 @torch.no_grad()
 def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], config: TrainConfig) -> float:
     "Mean loss of some clips at fixed times and noise, one clip at a time."
@@ -326,7 +355,7 @@ def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], co
         losses.append(animator_loss(animator, batch, replace(config, drop_expression=0.0), g).loss.item())
     return sum(losses) / len(losses)
 
-# %% ../nbs/10_train.ipynb #cell-033
+# %% ../nbs/10_train.ipynb #cell-035
 def train(
     animator: Animator,
     clips: LatentClips,
@@ -339,31 +368,34 @@ def train(
     show: bool = True,
 ) -> EMA:
     "Train in place; returns the averaged weights. Raises FloatingPointError, naming the step, when the loss is not a number."
-    device, start, began = next(animator.parameters()).device, 0, time.monotonic()
-    optimizer = torch.optim.AdamW(animator.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    device, start, began, (rank, world) = next(animator.parameters()).device, 0, time.monotonic(), place_in_group()
+    if config.batch % world:
+        raise ValueError(f"want a batch that {world} processes can share, got {config.batch}")
+    optimizer = torch.optim.AdamW(animator.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
     ema, checkpoint = EMA(animator, config.ema), folder and Path(folder) / "checkpoint.pt"
     if resume and checkpoint and checkpoint.exists():
         start = load_checkpoint(checkpoint, animator, optimizer, ema, config)
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="training", disable=not show, mininterval=2)
+    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="training", disable=not show or rank > 0, mininterval=2)
     rows = []
     for step in bar:
-        g = step_generator(config.seed, step)
-        batch = {k: v.to(device) for k, v in clips.batch(config.batch, g).items()}
+        batch = clips.batch(config.batch, step_generator(config.seed, step))  # the same in all processes; each takes its share
+        batch = {k: v[rank::world].to(device) for k, v in batch.items()}
         if channels is not None:
             batch["weight"] = batch["weight"] * channels.to(device)
         optimizer.param_groups[0]["lr"] = config.rate(step)
-        out = animator_loss(animator, batch, config, g)
+        out = animator_loss(animator, batch, config, step_generator(config.seed, step, rank + 1))
         if not torch.isfinite(out.loss):
             raise FloatingPointError(f"the loss of step {step} is {out.loss.item()}; the last checkpoint is {checkpoint}")
         optimizer.zero_grad()
         out.loss.backward()
+        late = (time.monotonic() - began) / 60 > max_minutes
+        late = average_gradients(animator, late) if world > 1 else late
         norm = nn.utils.clip_grad_norm_(animator.parameters(), config.clip)
         optimizer.step()
         ema.update(animator, step)
         rows.append((step, out.loss.item(), norm.item(), round(time.monotonic() - began, 2)))
         bar.set_postfix(loss=f"{rows[-1][1]:.4f}", refresh=False)
-        late = (time.monotonic() - began) / 60 > max_minutes
-        if folder and ((step + 1) % save_every == 0 or late or step + 1 == config.steps):
+        if folder and rank == 0 and ((step + 1) % save_every == 0 or late or step + 1 == config.steps):
             save_checkpoint(checkpoint, step + 1, animator, optimizer, ema, config)
             append_log(Path(folder) / "log.csv", rows)
             rows = []
@@ -371,7 +403,7 @@ def train(
             break
     return ema
 
-# %% ../nbs/10_train.ipynb #cell-034
+# %% ../nbs/10_train.ipynb #cell-036
 def append_log(path: Path, rows: list[tuple]) -> None:
     "Rows of step, loss, gradient norm, seconds at the end of a CSV file."
     new = not path.exists()
@@ -379,12 +411,12 @@ def append_log(path: Path, rows: list[tuple]) -> None:
         writer = csv.writer(handle)
         writer.writerows(([("step", "loss", "gradient_norm", "seconds")] if new else []) + rows)
 
-# %% ../nbs/10_train.ipynb #cell-044
+# %% ../nbs/10_train.ipynb #cell-046
 def plan(text: str) -> TrainConfig:
     "Settings of a named config."
     return {"tiny": TrainConfig()}[text]
 
-# %% ../nbs/10_train.ipynb #cell-045
+# %% ../nbs/10_train.ipynb #cell-047
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = argparse.ArgumentParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic clips; VAE and encoder weights must exist.")
@@ -403,7 +435,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="write the averaged weights here (dit/ and tokens/), beside the parts they need")
     return parser
 
-# %% ../nbs/10_train.ipynb #cell-046
+# %% ../nbs/10_train.ipynb #cell-048
 def main(arguments=None) -> int:
     "`fantasy-train`: encode clips, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -415,7 +447,7 @@ def main(arguments=None) -> int:
         print(f"fantasy-train: {error}", file=sys.stderr)
         return 2
 
-# %% ../nbs/10_train.ipynb #cell-047
+# %% ../nbs/10_train.ipynb #cell-049
 def run_training(args: argparse.Namespace) -> int:
     "What `fantasy-train` does once its arguments are read."
     settings = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr), ("seed", args.seed)) if v is not None}
@@ -423,10 +455,17 @@ def run_training(args: argparse.Namespace) -> int:
     parts = args.parts or data_samples("weights", args.config)
     vae, encoder = VideoVAE.from_pretrained(parts / "vae").to(device).eval(), ExpressionEncoder.from_pretrained(parts / "encoder").to(device).eval()
     cache = args.cache or args.run / "cache"
-    encode_clips(SceneClips(seed=0, device=device), args.clips, cache, vae, encoder)
+    if os.environ.get("RANK") and not dist.is_initialized():  # started by torchrun
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if place_in_group()[0] == 0:
+        encode_clips(SceneClips(seed=0, device=device), args.clips, cache, vae, encoder)
+    if dist.is_initialized():
+        dist.barrier()
     torch.manual_seed(config.seed)
     animator = Animator.tiny().to(device)
     ema = train(animator, LatentClips(cache), config, args.run, args.resume, args.max_minutes, channels=channel_weights(vae))
+    if place_in_group()[0]:
+        return 0
     animator.load_state_dict(ema.shadow)
     out = args.out or args.run / "weights"
     animator.save_pretrained(out, torch.float16)

@@ -35,8 +35,8 @@ def test_blending_constant_windows_changes_nothing():
 def test_portraits_are_scaled_to_the_faces_the_model_knows():
     picture, boxes = np.zeros((300, 500, 3), np.uint8), torch.tensor([[50.0, 60, 130, 160], [300, 60, 380, 160]])
     working, moved, size = fit_portrait(picture, boxes, PipelineConfig())
-    assert working.shape[0] % 16 == working.shape[1] % 16 == 0 and size == (92, 152)
-    assert abs((moved[0, 3] - moved[0, 1]).item() - 30.5) < 0.5
+    assert working.shape[0] % 16 == working.shape[1] % 16 == 0 and size == (142, 238)
+    assert abs((moved[0, 3] - moved[0, 1]).item() - PipelineConfig().face_height) < 0.5
     with pytest.raises(ValueError, match="crop it around the faces"):
         fit_portrait(np.zeros((3000, 5000, 3), np.uint8), boxes, PipelineConfig())
 
