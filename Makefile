@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED ?= 1
 export JUPYTER_PLATFORM_DIRS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help install demo test check export in-step lint docs lab readme notebooks wheel clean
+.PHONY: help install demo test bench check export in-step lint docs lab readme notebooks wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
@@ -41,6 +41,9 @@ demo: $(READY) ## animate the two-person portrait with two drivers: out/demo.mp4
 
 test: $(READY) ## every test, the notebooks executed among them
 	$(BIN)/pytest
+
+bench: $(READY) ## 30 guided steps, our DiT beside diffusers': time, memory, same films (options: tools/bench_dit.py --help)
+	$(BIN)/python tools/bench_dit.py
 
 check: $(READY) in-step lint test docs ## what CI runs: export in step, lint, tests, docs
 

@@ -440,7 +440,7 @@ def partners_targets(
     for name in GROUPS:
         label = bank.labels(name).to(z.device)
         reading = (z - z[:half].mean(0)) @ fisher_directions(z[:half], label[:half], DIRECTIONS[name]).to(z)
-        weight = agreement(reading[half:], label[half:])
+        weight = agreement(reading[half:], label[half:]).clamp(min=1e-3)
         partners = (value_means(reading, label) * COPIES - reading) / (COPIES - 1)
         targets[name] = (partners - partners.mean(0)) / partners.std(0), weight
     return targets
@@ -485,6 +485,7 @@ def train_encoder(
     bank: Bank | None = None,  # of `render_bank`; 500 blocks are drawn here if not given
     batch: int = 96,  # pictures a step
     pool: int = 100,  # blocks whose targets are made in a round
+    rounds: tuple = ROUNDS,
     strength: float = 0.5,  # of the augmentation, reached after half of the steps
     learning_rate: float = 2e-3,
     device=None,
@@ -498,10 +499,10 @@ def train_encoder(
     encoder = ExpressionEncoder(config).to(device, memory_format=torch.channels_last).train()
     projections = nn.ModuleDict({name: nn.Linear(last_layer(encoder, name).in_features, DIRECTIONS[name]) for name in GROUPS}).to(device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *projections.parameters()], learning_rate, (0.9, 0.98), weight_decay=0.05)
-    here, rounds = bank[:300], {round(share * steps) for share in ROUNDS}
+    here, turns = bank[:300], {round(share * steps) for share in rounds}
     targets = partners_targets(pixel_codes(here.pictures.flatten(0, 1)).to(device), here)
     for step in tqdm(range(steps), desc="encoder", leave=False, disable=not progress):
-        if step in rounds:
+        if step in turns:
             here = bank[torch.randperm(len(bank), generator=g)[:pool]]
             hidden = hidden_of_pictures(encoder, here.pictures.flatten(0, 1))
             targets = partners_targets(torch.cat(list(hidden.values()), 1), here)

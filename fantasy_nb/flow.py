@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FlowPair', 'like', 'flow_pair', 'shift_time', 'uniform_times', 'logit_normal_times', 'FlowLoss', 'flow_target',
-           'flow_loss', 'loss_per_bin', 'to_velocity', 'as_velocity', 'time_grid', 'euler', 'heun', 'sample', 'guide']
+           'flow_loss', 'loss_per_bin', 'to_velocity', 'as_velocity', 'time_grid', 'euler', 'heun', 'multistep',
+           'sample', 'guide', 'guided']
 
 # %% ../nbs/08_flow.ipynb #cell-003
 from typing import Callable, NamedTuple
@@ -32,7 +33,7 @@ def flow_pair(
     t = like(t, x0)
     return FlowPair((1 - t) * x0 + t * noise, noise - x0)
 
-# %% ../nbs/08_flow.ipynb #cell-011
+# %% ../nbs/08_flow.ipynb #cell-013
 def shift_time(
     t: Tensor,      # any shape, in [0, 1]
     shift: float,   # s > 0; 1 changes nothing, above 1 moves towards the noise
@@ -58,7 +59,7 @@ def logit_normal_times(
     "n training times t = sigmoid(mean + std * normal), then shifted; the paper's choice."
     return shift_time(torch.sigmoid(mean + std * _draw(torch.randn, n, generator, device)), shift)
 
-# %% ../nbs/08_flow.ipynb #cell-014
+# %% ../nbs/08_flow.ipynb #cell-016
 class FlowLoss(NamedTuple):
     "A loss to step on, and what it is made of."
     loss: Tensor        # () weighted mean
@@ -95,7 +96,7 @@ def flow_loss(
         per_sample = (error.flatten(1) * w).sum(1) / w.sum(1).clamp_min(1e-12)
     return FlowLoss(per_sample.mean(), per_sample.detach(), t)
 
-# %% ../nbs/08_flow.ipynb #cell-018
+# %% ../nbs/08_flow.ipynb #cell-020
 def loss_per_bin(
     t: Tensor,           # (n,) times in [0, 1]
     per_sample: Tensor,  # (n,) losses
@@ -107,7 +108,7 @@ def loss_per_bin(
     total = torch.zeros(bins).index_add_(0, index, per_sample.detach().float().cpu())
     return (torch.arange(bins) + 0.5) / bins, total / count
 
-# %% ../nbs/08_flow.ipynb #cell-021
+# %% ../nbs/08_flow.ipynb #cell-023
 def to_velocity(
     x: Tensor,                     # (b ...) where we stand
     t: Tensor,                     # (b,) or () time
@@ -125,7 +126,7 @@ def as_velocity(model: Callable, prediction: str = "velocity") -> Callable:
     "Wrap a network as v(x, t)."
     return lambda x, t: to_velocity(x, t, model(x, t), prediction)
 
-# %% ../nbs/08_flow.ipynb #cell-024
+# %% ../nbs/08_flow.ipynb #cell-026
 def time_grid(
     steps: int,          # number of solver steps
     shift: float = 5.0,  # s of `shift_time`; the release uses 5
@@ -135,7 +136,7 @@ def time_grid(
     if steps < 1: raise ValueError(f"want at least 1 step, got {steps}")
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device), shift).float()
 
-# %% ../nbs/08_flow.ipynb #cell-027
+# %% ../nbs/08_flow.ipynb #cell-029
 def euler(
     velocity: Callable,                 # v(x (b ...), t (b,)) -> (b ...)
     x: Tensor,                          # (b ...) at time grid[0]
@@ -150,7 +151,7 @@ def euler(
         if progress: progress(i + 1, steps, x)
     return x
 
-# %% ../nbs/08_flow.ipynb #cell-030
+# %% ../nbs/08_flow.ipynb #cell-032
 def heun(velocity: Callable, x: Tensor, grid: Tensor, progress: Callable | None = None) -> Tensor:
     "Walk dx/dt = v with the mean of the slopes at both ends of a step (the step onto t = 0 is Euler's). As `euler`."
     steps = len(grid) - 1
@@ -162,14 +163,25 @@ def heun(velocity: Callable, x: Tensor, grid: Tensor, progress: Callable | None 
         if progress: progress(i + 1, steps, x)
     return x
 
-# %% ../nbs/08_flow.ipynb #cell-041
+# %% ../nbs/08_flow.ipynb #cell-034
+def multistep(velocity: Callable, x: Tensor, grid: Tensor, progress: Callable | None = None) -> Tensor:
+    "Walk dx/dt = v along a line through the last two velocities (Adams-Bashforth, any grid): one evaluation a step, second order. As `euler`."
+    steps, before = len(grid) - 1, None
+    for i in range(steps):
+        v, h = velocity(x, grid[i].to(x.device).expand(len(x))), (grid[i + 1] - grid[i]).item()
+        bend = 0 if before is None else h / (2 * (grid[i] - grid[i - 1]).item()) * (v - before)  # h / 2h~ (v - v~)
+        x, before = x + h * (v + bend), v
+        if progress: progress(i + 1, steps, x)
+    return x
+
+# %% ../nbs/08_flow.ipynb #cell-049
 @torch.no_grad()
 def sample(
     model: Callable,                   # network or any (x, t) -> answer
     shape: tuple | None = None,        # (b ...) of the sample; may be left out when noise is given
     steps: int = 30,
     shift: float = 5.0,
-    solver: Callable = euler,          # or heun
+    solver: Callable = euler,          # or heun, multistep
     prediction: str = "velocity",      # what the model answers
     noise: Tensor | None = None,       # (b ...) where to start; drawn when None
     generator: torch.Generator | None = None,
@@ -182,7 +194,7 @@ def sample(
         noise = _draw(torch.randn, shape, generator, device)
     return solver(as_velocity(model, prediction), noise, time_grid(steps, shift), progress)
 
-# %% ../nbs/08_flow.ipynb #cell-050
+# %% ../nbs/08_flow.ipynb #cell-061
 def guide(
     v_no_expr: Tensor,                # (b ...) prompt, no expression
     v_expr: Tensor,                   # (b ...) prompt and expression
@@ -194,3 +206,25 @@ def guide(
     if (v_uncond is None) != (g_text is None): raise ValueError("text guidance wants both v_uncond and g_text, got one of them")
     base = v_no_expr if v_uncond is None else v_uncond + g_text * (v_no_expr - v_uncond)
     return base + g * (v_expr - v_no_expr)
+
+# %% ../nbs/08_flow.ipynb #cell-064
+def guided(
+    v_no_expr: Callable,                             # (x (b ...), t (b,)) -> velocity: prompt, no expression
+    v_expr: Callable,                                # the same: prompt and expression
+    g: float = 4.0,                                  # expression guidance; 1 needs no second network
+    interval: tuple[float, float] | None = None,     # (low, high): guided only where low <= t <= high; None: everywhere
+    v_uncond: Callable | None = None,                # the same: neither; only with text guidance
+    g_text: float | None = None,                     # text guidance
+) -> Callable:
+    "v(x, t) with guidance inside the interval; outside it `v_expr` alone runs."
+    low, high = (0.0, 1.0) if interval is None else interval
+    if not 0 <= low <= high <= 1: raise ValueError(f"want an interval 0 <= low <= high <= 1, got {interval}")
+    if (v_uncond is None) != (g_text is None): raise ValueError("text guidance wants both v_uncond and g_text, got one of them")
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        inside, expr = (low <= t) & (t <= high), v_expr(x, t)
+        if g == 1 and v_uncond is None or not inside.any(): return expr
+        both = guide(v_no_expr(x, t), expr, g, None if v_uncond is None else v_uncond(x, t), g_text)
+        return both if inside.all() else torch.where(like(inside, x) > 0, both, expr)
+
+    return velocity

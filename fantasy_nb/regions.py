@@ -88,6 +88,8 @@ def pool_regions(
 
     Every face that is seen in a latent frame keeps at least one token: a face that wins none takes the token where it has
     most pixels. Raises ValueError naming the face where that would take another face's last token."""
+    if not len(owners):
+        raise ValueError("want 4n+1 frames, got 0: pad to 1")
     people = int(owners.max()) if people is None else people
     if owners.max() > people:
         raise ValueError(f"want owners 0 .. {people}, got {int(owners.max())}")

@@ -260,7 +260,7 @@ class LatentClips:
 class TrainConfig:
     "What a training run is; the same config and seed give the same weights on the same machine."
 
-    steps: int = 3000
+    steps: int = 12000
     batch: int = 8
     lr: float = 2e-3
     warmup: int = 100
@@ -424,7 +424,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", type=Path, default=None, help="folder with vae/ and encoder/ weights (default: the shipped ones of this config)")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of checkpoint, log and cache (default: runs/tiny)")
     parser.add_argument("--cache", type=Path, default=None, help="folder of encoded clips (default: RUN/cache)")
-    parser.add_argument("--clips", type=int, default=1500, help="clips to render and encode into the cache, if they are not there yet")
+    parser.add_argument("--clips", type=int, default=5000, help="clips to render and encode into the cache, if they are not there yet")
     parser.add_argument("--steps", type=int, default=None, help="training steps")
     parser.add_argument("--batch", type=int, default=None, help="clips a step")
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate")

@@ -16,7 +16,7 @@ from fantasy_nb.dit import DiTConfig
 from fantasy_nb.expression import ExpressionEncoder
 from fantasy_nb.tokens import TokenConfig
 from fantasy_nb.train import (Animator, LatentClips, TrainConfig, animator_loss, channel_weights, encode_clips, held_out_loss, image_condition, load_checkpoint,
-                              loss_weight, main, owners_from_portrait, step_generator, train)
+                              loss_weight, main, mirrored, owners_from_portrait, step_generator, train)
 from fantasy_nb.vae import VideoVAE
 
 SMALL = TrainConfig(steps=6, batch=2, warmup=2)
@@ -179,7 +179,7 @@ def test_cache_is_made_of_whole_shards_and_kept(tmp_path):
     assert [f.name for f in files] == ["clips-000000.safetensors", "clips-000002.safetensors"]
     stamps = [f.stat().st_mtime_ns for f in files]
     encode_clips(clips, 3, tmp_path, *parts, shard=2, show=False)
-    assert stamps == [f.stat().st_mtime_ns for f in files] and len(LatentClips(tmp_path)) == 3
+    assert stamps == [f.stat().st_mtime_ns for f in files] and len(LatentClips(tmp_path)) == 6  # every clip and its mirror image
     weights = channel_weights(parts[0])
     assert weights.shape == (48, 1, 1, 1) and abs(weights.mean() - 1) < 1e-5
     out = animator_loss(Animator.tiny(), LatentClips(tmp_path).stack([0]), TrainConfig(), step_generator(0, 0))
@@ -194,3 +194,47 @@ def test_command_end_to_end(tmp_path, cache, capsys):
     assert (Path(tmp_path) / "weights" / "dit" / "config.json").exists() and (tmp_path / "run" / "checkpoint.pt").exists()
     assert main(["--parts", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run2")]) == 2
     assert "no config.json" in capsys.readouterr().err
+
+
+def test_mirrored_clip_moves_boxes_and_drivers_along():
+    clip = SceneClips(ClipConfig(frames=5), seed=4)[0]
+    other, width = mirrored(clip, 0), clip.frames.shape[-1]
+    assert torch.equal(other.crops, clip.crops.flip(-1)) and other.frames.shape == clip.frames.shape and other.frames.dtype == torch.uint8
+    assert torch.equal(other.boxes[..., 0], width - clip.boxes[..., 2]) and (other.boxes[..., 2] > other.boxes[..., 0]).all()
+    plain, seen = clip.frames.flip(-1).float().flatten(2).flatten(0, 1), other.frames.float().flatten(2).flatten(0, 1)
+    r = [torch.corrcoef(torch.stack([a, b]))[0, 1].item() for a, b in zip(plain, seen)]
+    assert min(r) > 0.9, r  # the same picture, another lamp
+
+
+def test_whole_clips_show_faces_of_the_same_size_with_more_around():
+    config = ClipConfig(frames=5)
+    near, far = (SceneClips(config, seed=4)[k] for k in (6, 7))
+    heights = [(c.boxes[0, :, 3] - c.boxes[0, :, 1]).mean().item() for c in (near, far)]
+    assert far.frames.shape[-1] > near.frames.shape[-1] and abs(heights[0] / heights[1] - 1) < 0.15, heights
+
+
+def test_two_processes_learn_as_one_with_averaged_gradients(tmp_path, cache):
+    "Two processes of half a batch each end with equal weights; what they average is what the whole batch would have given."
+    script = tmp_path / "two.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch, torch.distributed as dist
+from dataclasses import replace
+from pathlib import Path
+from test_data_train import SMALL, small_animator
+from fantasy_nb.train import LatentClips, average_gradients, train
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, layer = dist.get_rank(), torch.nn.Linear(3, 1)
+layer.weight.grad, layer.bias.grad = torch.full((1, 3), float(rank)), torch.full((1,), 2.0 * rank)
+assert average_gradients(layer, late=rank == 1) and layer.weight.grad.eq(0.5).all() and layer.bias.grad.eq(1.0).all()
+animator = small_animator()
+train(animator, LatentClips({str(cache)!r}), SMALL, Path({str(tmp_path)!r}) / "run", show=False)
+torch.save(animator.state_dict(), Path({str(tmp_path)!r}) / f"rank{{rank}}.pt")
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    states = [torch.load(tmp_path / f"rank{k}.pt", weights_only=True) for k in (0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states)))
+    assert (tmp_path / "run" / "checkpoint.pt").exists() and len(list(csv.DictReader(open(tmp_path / "run" / "log.csv")))) == SMALL.steps

@@ -1,6 +1,9 @@
 "Chapter 06: the DiT against the released names, the reference numbers, diffusers, and itself."
 import json
+import subprocess
+import sys
 import zlib
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fantasy_nb.dit import DiT, DiTConfig, apply_rope, rope_3d
+from fantasy_nb.dit import DiT, DiTConfig, apply_rope, as_diffusers, diffusers_class, rope_3d
+from fantasy_nb.regions import add_expression
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tools"))
+import bench_dit
+from bench_dit import diffusers_twin
+
+REFERENCE = ROOT.parent / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs shared/reference beside the checkout")
 
 
@@ -76,44 +85,71 @@ def test_golden_without_expression():
     assert relative(y, load_file(REFERENCE / "golden.safetensors")["dit.no_expression"]) < 1e-5
 
 
-def key_map():
-    "Released name -> diffusers name, with N for the block."
-    rows = [line.split("|") for line in (REFERENCE / "key_map.md").read_text().splitlines() if line.startswith("| `")]
-    return {row[1].strip(" `"): row[2].strip(" `") for row in rows}
-
-
-def diffusers_twin(dit):
-    diffusers = pytest.importorskip("diffusers")
-    c = dit.config
-    twin = diffusers.WanTransformer3DModel(
-        c.patch, c.heads, c.width // c.heads, c.in_channels, c.out_channels, c.text_width, c.frequencies, c.ffn, c.layers,
-        eps=c.eps, image_dim=c.image_width, added_kv_proj_dim=c.width if c.image_width else None)
-    state = {}
-    for name, p in dit.release_state_dict().items():
-        block = name.split(".")[1] if name.startswith("blocks.") else None
-        general = name.replace(f"blocks.{block}.", "blocks.N.") if block else name
-        state[key_map()[general].replace("blocks.N.", f"blocks.{block}.")] = p
-    twin.load_state_dict(state)
-    return twin.to(next(dit.parameters()).dtype).eval()
-
-
-SHAPES = [(1, 1, 2, 2), (2, 3, 6, 4), (1, 2, 10, 14), (1, 5, 4, 2), (2, 1, 6, 10)]
-
-
 @needs_reference
-@torch.no_grad()
-@pytest.mark.parametrize("image_width", [None, 40], ids=["t2v", "i2v"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"])
-def test_equals_diffusers(image_width, dtype, tolerance):
-    config = small(image_width=image_width, in_channels=36 if image_width else 16)
-    dit = randomised(DiT(config)).to(dtype)
-    twin = diffusers_twin(dit)
+def test_the_bench_uses_the_checked_key_map():
+    rows = [line.split("|") for line in (REFERENCE / "key_map.md").read_text().splitlines() if line.startswith("| `")]
+    want = {row[1].strip(" `"): row[2].strip(" `") for row in rows}
+    assert {name: bench_dit.diffusers_name(name) for name in want} == want
+
+
+SHAPES = [(1, 1, 2, 2), (2, 3, 6, 4), (1, 2, 10, 14), (1, 5, 4, 2), (2, 1, 6, 10), (3, 4, 2, 18)]  # batch, latent frames, rows, columns
+DTYPES = pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"])
+MEMORIES = pytest.mark.parametrize("image_width", [None, 40], ids=["t2v", "i2v"])
+
+
+def assert_twins(dit, twin, dtype, tolerance):
+    "Our DiT and diffusers' answer alike on every shape, with prepared memories and without."
     for shape in SHAPES:
-        x, t, text, image = (z.to(dtype) for z in inputs(config, *shape))
+        x, t, text, image = (z.to(dtype) for z in inputs(dit.config, *shape))
         padded = torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1]))
-        image = image if image_width else None
+        image = image if dit.config.image_width else None
         want = twin(x, t.float(), padded, image, return_dict=False)[0]
-        assert relative(dit(x, t.float(), text, image).float(), want.float()) < tolerance, shape
+        y = dit(x, t.float(), text, image)
+        assert y.dtype == dtype and relative(y.float(), want.float()) < tolerance, shape
+        assert torch.equal(dit(x, t.float(), memories=dit.prepare(text=text, image=image)), y)
+
+
+@torch.no_grad()
+@MEMORIES
+@DTYPES
+@pytest.mark.parametrize("changes", [{}, dict(width=48, heads=3, ffn=80, layers=1)], ids=["two heads", "three heads"])
+def test_equals_diffusers(image_width, dtype, tolerance, changes):
+    dit = randomised(DiT(small(image_width=image_width, in_channels=36 if image_width else 16, **changes))).to(dtype)
+    assert_twins(dit, diffusers_twin(dit), dtype, tolerance)
+
+
+@torch.no_grad()
+@MEMORIES
+def test_equals_diffusers_with_its_float32_islands(tmp_path, image_width):
+    "As from_pretrained in bfloat16 leaves it: diffusers keeps modulation, norms and the time embedding in float32."
+    dit = randomised(DiT(small(image_width=image_width, in_channels=36 if image_width else 16)))
+    twin = diffusers_twin(dit)
+    dit.to(torch.bfloat16)
+    for name, module in twin.named_modules():
+        if not any(kept in name for kept in twin._keep_in_fp32_modules):
+            for p in module.parameters(recurse=False):
+                p.data = p.data if p is getattr(module, "scale_shift_table", None) else p.data.to(torch.bfloat16)
+    assert {p.dtype for p in twin.parameters()} == {torch.float32, torch.bfloat16}
+    assert_twins(dit, twin, torch.bfloat16, 2e-2)
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_near_float32_as_diffusers():
+    dit = randomised(DiT(small()))
+    x, t, text, image = inputs(dit.config)
+    want = dit(x, t, text, image)
+    x, text, image = (z.to(torch.bfloat16) for z in (x, text, image))
+    twin = diffusers_twin(dit.to(torch.bfloat16))
+    theirs = twin(x, t, torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1])), image, return_dict=False)[0]
+    assert relative(dit(x, t, text, image).float(), want) < 1.2 * relative(theirs.float(), want) < 0.1
+
+
+def test_bench_runs_and_agrees():
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "bench_dit.py", "--cpu", "--steps", "1", "--repeats", "1", "--sizes", "1x4x4", "--threads", "1"],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4 tokens" in done.stdout and "ratio" in done.stdout and "MiB at the peak" in done.stdout
 
 
 @torch.no_grad()
@@ -163,6 +199,99 @@ def test_save_and_load(tmp_path):
     assert DiT.from_pretrained(tmp_path, dtype=torch.bfloat16).head.head.weight.dtype == torch.bfloat16
     with pytest.raises(FileNotFoundError, match="config.json"):
         DiT.from_pretrained(tmp_path / "nowhere")
+
+
+def host(folder, **options):
+    "diffusers' own from_pretrained, without accelerate."
+    return diffusers_class(add_expression).from_pretrained(folder, low_cpu_mem_usage=False, **options)
+
+
+@pytest.fixture
+def listening():
+    "A DiT with all three memories, and inputs for it."
+    dit = randomised(add_expression(DiT(small()), 8))
+    x, t, text, image = inputs(dit.config)
+    return dit, dict(x=x, t=t, text=text, image=image, expression=torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(2)))
+
+
+@torch.no_grad()
+def test_shards_written_by_diffusers_read_by_both(listening, tmp_path):
+    dit, given = listening
+    want = dit(**given)
+    as_diffusers(dit).save_pretrained(tmp_path, max_shard_size="100KB")
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    files = {p.name for p in tmp_path.glob("*.safetensors")}
+    assert len(files) > 2 and set(index["weight_map"].values()) == files and index["weight_map"].keys() == dit.state_dict().keys()
+    assert torch.equal(host(tmp_path)(**given), want)
+    again = DiT.from_pretrained(tmp_path, add_expression)
+    assert again.config == dit.config and torch.equal(again(**given), want)
+    with pytest.raises(ValueError, match="expression memory"):
+        diffusers_class().from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(FileNotFoundError, match="00002-of"):
+        DiT.from_pretrained(tmp_path, add_expression)
+
+
+@torch.no_grad()
+def test_one_file_written_by_us_read_by_diffusers(listening, tmp_path):
+    dit, given = listening
+    as_diffusers(dit).save_pretrained(tmp_path, max_shard_size="100KB")
+    randomised(dit, seed=1).save_pretrained(tmp_path)  # in place of the shards
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    hosted = host(tmp_path, torch_dtype=torch.float32)
+    assert torch.equal(hosted(**given), dit(**given)) and hosted.config.expression_width == 8
+    assert host(tmp_path, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_in_diffusers_hands_it_is_the_same_model(listening):
+    from diffusers import ConfigMixin, ModelMixin
+
+    dit, given = listening
+    hosted = as_diffusers(dit)
+    assert isinstance(hosted, ModelMixin) and isinstance(hosted, ConfigMixin) and isinstance(hosted, DiT) and not isinstance(dit, ModelMixin)
+    assert hosted.config.width == 64 and hosted.config["expression_width"] == 8 and not hosted.training
+    assert torch.equal(hosted(**given), dit(**given))
+    assert hosted.release_state_dict().keys() == dit.release_state_dict().keys()
+    hosted.enable_gradient_checkpointing()
+    assert hosted.gradient_checkpointing and hosted.is_gradient_checkpointing
+    dit.head.head.bias += 1  # one set of weights
+    assert torch.equal(hosted(**given), dit(**given))
+
+
+@torch.no_grad()
+def test_layerwise_casting(listening):
+    dit, given = listening
+    hosted = as_diffusers(deepcopy(dit))
+    before = hosted.get_memory_footprint()
+    hosted.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    narrow = {name for name, p in hosted.named_parameters() if p.dtype == torch.float8_e4m3fn}
+    assert "blocks.0.ffn.0.weight" in narrow and "blocks.1.cross_attention.memories.expression.key.weight" in narrow
+    assert not any(word in name for name in narrow for word in ("norm", "modulation", "embedding", "patchify"))
+    y = hosted(**given)
+    assert y.isfinite().all() and 0 < relative(y, dit(**given)) < 0.1 and hosted.get_memory_footprint() < before
+    assert torch.equal(hosted(given["x"], given["t"], memories=hosted.prepare(given["text"], given["image"], given["expression"])), y)
+    assert hosted(given["x"], given["t"]).isfinite().all()  # nobody speaks: out's bias alone, stored narrow
+    assert {p.dtype for p in hosted.blocks[0].ffn.parameters()} == {torch.float8_e4m3fn}  # back to sleep
+
+
+@torch.no_grad()
+def test_group_offloading_to_disk(listening, tmp_path):
+    pytest.importorskip("accelerate")  # diffusers' hooks want it
+    dit, given = listening
+    hosted = as_diffusers(deepcopy(dit))
+    with pytest.raises(ValueError, match="leaf_level"):
+        hosted.enable_group_offload("cpu", offload_type="block_level", num_blocks_per_group=1)
+    hosted.enable_group_offload("cpu", offload_to_disk_path=str(tmp_path))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 20
+    assert torch.equal(hosted(**given), dit(**given))
+    memories = hosted.prepare(given["text"], given["image"], given["expression"])
+    assert torch.equal(hosted(given["x"], given["t"], memories=memories), dit(**given))
+
+
+def test_the_bridge_is_built_only_when_asked_for():
+    code = "import sys, fantasy_nb.dit, fantasy_nb.regions; print('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
 @torch.no_grad()

@@ -90,67 +90,81 @@ def test_save_and_load(tiny, tmp_path):
     assert a.dtype == b.dtype == torch.float32 and (a - b).norm() / a.norm() < 1e-2
 
 
-def test_pair_block_shares_one_group_down_and_all_else_along():
-    from fantasy_nb.expression import pair_block
+def test_a_block_shares_each_groups_values_and_deals_the_rest_independently():
+    from fantasy_nb.expression import COPIES, GROUPS, VALUES, dealt_block
     from fantasy_nb.faces import Expression
 
     for seed in range(4):
-        for group in Expression.GROUPS:
-            person, expression = pair_block(group, seed, people=3, values=5, jitter=0.0)
-            assert torch.equal(person.skin.view(3, 5), person.skin.view(3, 5)[:, :1].expand(3, 5))
-            moved = 0
-            for other, names in Expression.GROUPS.items():
-                for name in names:
-                    x = getattr(expression, name).view(3, 5)
-                    if other == group:
-                        assert torch.equal(x, x[:1].expand(3, 5))
-                        moved += x.std() > 0
-                    else:
-                        assert torch.equal(x, x[:, :1].expand(3, 5))
-            assert moved >= 1
+        person, expression, dealt = dealt_block(seed, jitter=0.0)
+        assert len(person) == len(expression) == VALUES * COPIES and dealt.shape == (4, VALUES * COPIES)
+        for group, label in zip(GROUPS, dealt):
+            assert (torch.bincount(label) == COPIES).all()
+            for name in Expression.GROUPS[group]:
+                x = getattr(expression, name)
+                assert all(len(x[label == v].unique()) == 1 for v in range(VALUES)), (group, name)
+        assert not any(torch.equal(dealt[a], dealt[b]) for a in range(4) for b in range(a))
+        again = dealt_block(seed, jitter=0.0)
+        assert torch.equal(again[1].yaw, expression.yaw) and torch.equal(again[2], dealt)
 
 
 def test_pair_loss_against_loops():
     from fantasy_nb.expression import pair_loss
 
     torch.manual_seed(0)
-    z, tau = torch.randn(2, 3, 4, 5), 0.8
-    unit = z / z.flatten(0, 2).var(0).mean().sqrt()
-    one, everybody = [], []
-    for block in unit:
-        faces = [(m, v) for m in range(3) for v in range(4)]
-        near = {(a, b): -(block[a] - block[b]).square().mean() / (2 * tau**2) for a in faces for b in faces}
-        for a in faces:
-            for other in set(range(3)) - {a[0]}:
-                right = near[a, (other, a[1])]
-                one.append(torch.stack([near[a, (other, w)] for w in range(4)]).logsumexp(0) - right)
-                everybody.append(torch.stack([near[a, b] for b in faces if b != a]).logsumexp(0) - right)
-    want = torch.stack(one).mean() + 0.4 * torch.stack(everybody).mean()
-    assert torch.allclose(pair_loss(z, torch.tensor(tau).log(), everybody=0.4), want, rtol=1e-4)
+    z, label, tau = torch.randn(12, 5), torch.arange(4).repeat(3), 0.8
+    unit, losses = z / z.var(0).mean().sqrt(), []
+    for i in range(12):
+        near = {k: -(unit[i] - unit[k]).square().mean() / (2 * tau**2) for k in range(12) if k != i}
+        losses += [torch.stack(list(near.values())).logsumexp(0) - near[k] for k in near if label[k] == label[i]]
+    assert torch.allclose(pair_loss(z, label, torch.tensor(tau).log()), torch.stack(losses).mean(), rtol=1e-4)
 
 
-def test_lessons_progress():
-    from fantasy_nb.expression import LESSONS, lesson_at
+def planted(blocks=40, seed=0):
+    "Features with two planted directions: one shared by pictures of a value, one shared by a whole block; noise elsewhere."
+    g = torch.Generator().manual_seed(seed)
+    label = torch.cat([torch.randperm(64, generator=g) % 16 + 16 * k for k in range(blocks)])
+    value, block = torch.randn(16 * blocks, generator=g)[label], torch.randn(blocks, generator=g).repeat_interleave(64)
+    z = torch.randn(64 * blocks, 8, generator=g)
+    z[:, 2] = 0.2 * (value + 0.3 * z[:, 2])  # small, and still to be found
+    z[:, 5] = 3 * block + 0.1 * z[:, 5]
+    return z, label
 
-    assert abs(sum(share for share, *_ in LESSONS) - 1) < 1e-6
-    assert lesson_at(0.0, LESSONS) == (("mouth", "mouth"), 0.0)
-    assert lesson_at(0.999, LESSONS)[0] == LESSONS[-1][1] and lesson_at(0.999, LESSONS)[1] == pytest.approx(LESSONS[-1][2])
+
+def test_fisher_finds_what_values_share_and_not_what_blocks_share():
+    from fantasy_nb.expression import agreement, fisher_directions
+
+    z, label = planted()
+    w = fisher_directions(z, label, 2, ridge=1e-4)
+    first = (w[:, 0] * z.std(0)).abs()
+    assert first.argmax() == 2 and first[2] > 5 * first[[k for k in range(8) if k != 2]].max()
+    fresh, labels = planted(seed=1)
+    share = agreement(fresh @ w.float(), labels)
+    assert share[0] > 0.85 and share[1] < 0.2, share
+    assert agreement(torch.randn(640, 3), torch.arange(640) % 16 + 16 * (torch.arange(640) // 64)).max() < 0.3
+
+
+def test_targets_are_the_partners_readings():
+    from fantasy_nb.expression import value_means
+
+    z, label = torch.tensor([[1.0], [2.0], [4.0], [10.0]]), torch.tensor([5, 5, 7, 7])
+    assert value_means(z, label).flatten().tolist() == [1.5, 1.5, 7.0, 7.0]
 
 
 def test_training_is_repeatable_calibrated_and_learns():
     from fantasy_nb.expression import as_crops, render_bank, train_encoder
 
-    config = ExpressionConfig(image_size=16, width=16, depth=1, hidden=32, heatmaps=8, readout=2, mouth_embed=0)
-    bank, losses = render_bank(8, 16, seed=0, progress=False), []
-    first = train_encoder(config, 30, 0, bank, lessons=((1.0, ("mouth", "mouth"), 0.2),), learning_rate=3e-3, progress=False, log=lambda step, loss: losses.append(loss["mouth"]))
-    again = train_encoder(config, 30, 0, bank, lessons=((1.0, ("mouth", "mouth"), 0.2),), learning_rate=3e-3, progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
-    assert sum(losses[-5:]) < sum(losses[:5])
+    config = ExpressionConfig(image_size=24, width=24, depth=1, hidden=64, heatmaps=16, readout=4, mouth_embed=0)
+    bank, losses = render_bank(30, 24, seed=0, progress=False), []
+    options = dict(batch=64, pool=30, rounds=(0.9,), strength=0.0, learning_rate=6e-3, progress=False)
+    first = train_encoder(config, 80, 0, bank, **options, log=lambda step, loss: losses.append(loss["head"]))
+    assert sum(losses[60:70]) < 0.85 * sum(losses[:10]), losses
+    few = [train_encoder(config, 12, 0, bank, **options) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*(e.state_dict().values() for e in few)))
     with torch.no_grad():
-        features = first(as_crops(bank[:, ::4].flatten(0, 1)))
+        features = first(as_crops(bank.pictures[:16].flatten(0, 1)))
     for name in FEATURE_WIDTHS:
         x = getattr(features, name)
-        assert abs(x.mean() - 1) < 1e-3 and abs(x.var(0).mean() - 1) < 1e-3
+        assert abs(x.mean() - 1) < 0.2 and 0.5 < x.var(0).mean() < 2
 
 
 def test_augment_keeps_range_and_is_gentle_at_zero():
@@ -165,11 +179,17 @@ def test_augment_keeps_range_and_is_gentle_at_zero():
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="no tiny weights")
 @torch.no_grad()
-def test_shipped_encoder_reads_head_and_mouth_of_unseen_people():
+def test_shipped_encoder_reads_each_group_and_nothing_else():
     from fantasy_nb.expression import probe
     from fantasy_nb.faces import Expression, Identity, render_crops
 
-    known, encoder = Expression.sample(400, seed=9001), ExpressionEncoder.from_pretrained(WEIGHTS)
-    features = encoder(render_crops(Identity.sample(400, seed=9001), known, 64))
-    score = probe(features.pack(), torch.stack([known.yaw, known.roll, known.mouth_open], 1), 300)
-    assert score[0] > 0.8 and score[1] > 0.75 and score[2] > 0.8, score  # measured .86 .85 .89 with 300 people to fit on
+    names = ["yaw", "roll", "gaze_x", "blink_left", "mouth_open", "smile"]
+    known, encoder = Expression.sample(900, seed=9001), ExpressionEncoder.from_pretrained(WEIGHTS)
+    features = encoder(render_crops(Identity.sample(900, seed=9001), known, 64))
+    factors = torch.stack([getattr(known, name) for name in names], 1)
+    score = {group: probe(getattr(features, group), factors, 600) for group in FEATURE_WIDTHS}
+    own = torch.stack([score["head"][0], score["head"][1], score["eyes"][2], score["eyes"][3], score["mouth"][4], score["mouth"][5]])
+    floor = torch.tensor([0.93, 0.80, 0.75, 0.65, 0.80, 0.70])  # measured on 2,000 faces: .97 .87 .83 .75 .90 .82
+    assert (own > floor).all(), own
+    foreign = [score["head"][2:], score["eyes"][:2], score["eyes"][4:], score["emotion"], score["mouth"][:4]]
+    assert torch.cat(foreign).max() < 0.15, score

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from fantasy_nb.flow import (as_velocity, euler, flow_loss, flow_pair, guide, heun, like, logit_normal_times, loss_per_bin, sample,
-                             shift_time, time_grid, to_velocity, uniform_times)
+from fantasy_nb.flow import (as_velocity, euler, flow_loss, flow_pair, guide, guided, heun, like, logit_normal_times, loss_per_bin, multistep,
+                             sample, shift_time, time_grid, to_velocity, uniform_times)
 
 MEAN, SPREAD = 3.0, 0.5
 
@@ -78,11 +78,52 @@ def test_to_velocity_is_finite_at_zero():
     with pytest.raises(ValueError, match="clean"): to_velocity(x, torch.zeros(2), x, "x0")
 
 
-@pytest.mark.parametrize("solver, order", [(euler, 1), (heun, 2)])
+@pytest.mark.parametrize("solver, order", [(euler, 1), (heun, 2), (multistep, 2)])
 def test_order_of_convergence(solver, order):
     z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     errors = [(solver(known_velocity, z, time_grid(n, 1.0).double()) - (MEAN + SPREAD * z)).abs().max().item() for n in (64, 128)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
+
+
+def ends_off(solver, n, shift=1.0):
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    return (solver(known_velocity, z, time_grid(n, shift).double()) - (MEAN + SPREAD * z)).abs().max().item()
+
+
+def test_multistep_is_second_order_on_uneven_grids():
+    z, errors = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], []
+    for n in (64, 128, 256):
+        even = torch.linspace(1, 0, n + 1, dtype=torch.float64)
+        bent = even + 0.1 * (2 * math.pi * even).sin()  # steps between 0.37 and 1.63 of the even one
+        errors.append((multistep(known_velocity, z, bent) - (MEAN + SPREAD * z)).abs().max().item())
+    assert min(math.log2(errors[0] / errors[1]), math.log2(errors[1] / errors[2])) >= 1.8, errors
+
+
+def test_multistep_integrates_a_line_but_for_its_first_step():
+    grid, x = torch.tensor([1.0, 0.9, 0.5, 0.0], dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    end = multistep(lambda x, t: 6 * like(t, x) + 0 * x, x, grid)
+    torch.testing.assert_close(end, x - 3.03)  # exact: -3; Euler's first step: 0.03 too far
+
+
+def test_multistep_runs_the_network_once_a_step():
+    calls, seen = [], []
+    multistep(lambda x, t: calls.append(t) or x, torch.ones(2, 1), time_grid(7), lambda i, n, x: seen.append((i, n, x.shape)))
+    assert len(calls) == 7 and all(t.shape == (2,) for t in calls) and seen == [(i, 7, (2, 1)) for i in range(1, 8)]
+    z = torch.randn(3, 2, generator=seeded())
+    assert torch.equal(multistep(known_velocity, z, time_grid(1)), euler(known_velocity, z, time_grid(1)))
+
+
+def test_multistep_beats_euler_and_at_thirty_steps_unipc():
+    from diffusers import UniPCMultistepScheduler
+
+    def unipc(velocity, x, grid):
+        scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+        scheduler.set_timesteps(sigmas=grid[:-1].numpy().copy())
+        for i, t in enumerate(scheduler.timesteps): x = scheduler.step(velocity(x, grid[i].expand(len(x))), t, x).prev_sample
+        return x
+
+    for shift in (1.0, 5.0):
+        assert ends_off(multistep, 30, shift) < min(ends_off(euler, 30, shift) / 10, ends_off(unipc, 30, shift))
 
 
 def test_euler_equals_diffusers():
@@ -115,3 +156,42 @@ def test_guidance():
     assert torch.equal(guide(no, ex, 1.0), ex) and torch.equal(guide(no, ex, 0.0), no)
     assert guide(no, ex, 4.0).item() == 3.0 and guide(no, ex, 4.0, un, 5.0).item() == 7.0
     with pytest.raises(ValueError, match="both"): guide(no, ex, 4.0, un)
+
+
+def counting(value):
+    "A constant velocity field and the list of times at which it was run."
+    times = []
+    return lambda x, t: times.append(t[0].item()) or x * value, times
+
+
+@pytest.mark.parametrize("interval", [None, (0.0, 1.0)])
+def test_guided_everywhere_is_guide(interval):
+    no, ex = known_velocity, lambda x, t: known_velocity(x, t) + 0.1 * x
+    x, grid = torch.randn(4, 3, generator=seeded()), time_grid(10)
+    plain = euler(lambda x, t: guide(no(x, t), ex(x, t), 4.0), x, grid)
+    assert torch.equal(euler(guided(no, ex, 4.0, interval), x, grid), plain)
+    assert not torch.equal(euler(guided(no, ex, 4.0, (0.3, 0.8)), x, grid), plain)
+
+
+def test_guided_runs_the_second_network_only_inside():
+    (no, no_times), (ex, ex_times), grid = counting(1.0), counting(1.5), time_grid(30)
+    euler(guided(no, ex, 4.0, (0.3, 0.8)), torch.ones(2, 1), grid)
+    inside = [t for t in grid[:-1].tolist() if 0.3 <= t <= 0.8]
+    assert ex_times == grid[:-1].tolist() and no_times == inside and 0 < len(inside) < 30
+    assert guided(no, ex, 4.0, (0.3, 0.8))(torch.ones(1), torch.tensor([0.9])).item() == 1.5
+    no_times.clear()
+    assert guided(no, ex, 1.0)(torch.ones(1), torch.tensor([0.5])).item() == 1.5 and not no_times
+
+
+def test_guided_with_text_and_with_mixed_times():
+    (un, un_times), (no, _), (ex, _) = counting(0.0), counting(1.0), counting(1.5)
+    v = guided(no, ex, 4.0, (0.3, 0.8), v_uncond=un, g_text=5.0)
+    assert v(torch.ones(3, 1), torch.tensor([0.9, 0.5, 0.1])).flatten().tolist() == [1.5, 7.0, 1.5]
+    assert v(torch.ones(3, 1), torch.full((3,), 0.1)).flatten().tolist() == [1.5] * 3 and len(un_times) == 1
+    assert guided(no, ex, 4.0, (0.3, 0.8))(torch.ones(1, 2, 3), torch.tensor([0.5])).unique().item() == 3.0
+
+
+def test_guided_refuses_what_it_cannot_mean():
+    for interval in ((0.8, 0.3), (-0.1, 0.5), (0.5, 1.1)):
+        with pytest.raises(ValueError, match="interval"): guided(known_velocity, known_velocity, interval=interval)
+    with pytest.raises(ValueError, match="both"): guided(known_velocity, known_velocity, g_text=5.0)

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fantasy_nb.expression import Features
@@ -73,7 +75,7 @@ def test_tiny_shape_size_and_gradients(tiny):
     assert sum(p.numel() for p in tiny.parameters()) <= 0.8e6
     x = torch.randn(2, 9, 554, requires_grad=True)
     tokens = tiny(x)
-    assert tokens.shape == (2, 9, 24, 192)
+    assert tokens.shape == (2, 9, 24, TokenConfig.tiny().width)
     tokens.square().sum().backward()
     assert (x.grad.abs().sum((0, 1)) > 0).all() and all(p.grad is not None for p in tiny.parameters())
 
@@ -91,7 +93,7 @@ def test_variants(learnable, count):
     from dataclasses import replace
 
     config = replace(TokenConfig.tiny(), learnable=learnable)
-    assert ExpressionTokens(config)(torch.randn(1, 5, 554)).shape == (1, 5, count, 192) and config.tokens_per_frame == count
+    assert ExpressionTokens(config)(torch.randn(1, 5, 554)).shape == (1, 5, count, config.width) and config.tokens_per_frame == count
 
 
 def test_group_order(tiny):
@@ -120,6 +122,39 @@ def test_window_index_against_obvious_loops():
             row = [f * 24 + slot for f in frames for slot in range(24)]
             want.append(row + [-1] * (96 - len(row)))
         assert index.tolist() == want
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 20), st.integers(1, 32), st.integers(1, 3))
+def test_windows_of_any_length(n, each, batch):
+    "Every token is in exactly one window, that of its latent frame, in its order; window 0 is one frame and padding."
+    frames = 4 * n + 1
+    tokens = torch.arange(batch * frames * each).view(batch, frames, each, 1) + 1
+    windows, keep = window_tokens(tokens)
+    assert windows.shape == (batch, n + 1, 4 * each, 1) and keep.sum(1).tolist() == [each] + [4 * each] * n
+    assert torch.equal(windows[:, keep], tokens.flatten(1, 2)) and not windows[:, ~keep].any()
+    frame = torch.where(keep, window_index(frames, each) // each, 0)
+    assert torch.equal((frame + 3) // 4, torch.arange(n + 1)[:, None].expand_as(frame) * keep)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 32))
+def test_release_windows_are_ours_and_one_stray_token(n, each):
+    ours, release = window_index(4 * n + 1, each), window_index(4 * n + 1, each, compat="release")
+    assert torch.equal(release[1:, 1:], ours[1:]) and torch.equal(release[1:, 0], ours[1:, 0] - 1)
+    assert torch.equal(release[0, :-1], ours[0]) and release[0, -1] == -1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(-3, 100).filter(lambda frames: frames < 1 or frames % 4 != 1))
+def test_a_wrong_frame_count_gets_one_clear_error(frames):
+    low = (frames - 1) // 4 * 4 + 1
+    advice = f"trim to {low} or pad to {low + 4}" if frames > 1 else "pad to 1"
+    with pytest.raises(ValueError, match=rf"^want 4n\+1 frames, got {frames}: {advice}$"):
+        window_index(frames)
+    if frames >= 0:
+        with pytest.raises(ValueError, match=rf"^want 4n\+1 frames, got {frames}: {advice}$"):
+            window_tokens(torch.zeros(1, frames, 2, 3))
 
 
 def test_windows_hold_each_token_once():
