@@ -36,8 +36,9 @@ class PipelineConfig:
     most_pixels: int = 96 * 1024  # a larger working picture is refused: its faces would be many and small
     window: int = 2  # latent frames a window has beside the portrait's
     overlap: int = 1  # latent frames that neighbouring windows share
-    steps: int = 4
+    steps: int = 1
     guidance: float = 1.5
+    draws: int = 6  # films from different noises, averaged: 1 = a sample, more = towards the mean of all samples
     shift: float = 5.0
     prediction: str = "clean"
     crop: int = 64  # pixels of the encoder's crops
@@ -253,12 +254,13 @@ class PortraitPipeline:
         seed: int = 0,
         assign: list[int] | None = None,  # person (from 1) of each driver; None: left to right
         show: bool = True,  # progress bars
+        draws: int | None = None,  # films from different noises, averaged; None: what the weights recommend
     ) -> Animation:
         "Animate everybody who has a driver. Raises ValueError for pictures without faces, too many drivers, wrong assignments."
         c, drivers = self.config, drivers if isinstance(drivers, list) else [drivers]
-        steps, guidance = steps or c.steps, c.guidance if guidance is None else guidance
-        if frames is not None and frames < 1 or steps < 1:
-            raise ValueError(f"want at least one frame and one step, got frames={frames}, steps={steps}")
+        steps, guidance, draws = (own if asked is None else asked for own, asked in ((c.steps, steps), (c.guidance, guidance), (c.draws, draws)))
+        if frames is not None and frames < 1 or steps < 1 or draws < 1:
+            raise ValueError(f"want at least one frame, one step and one draw, got frames={frames}, steps={steps}, draws={draws}")
         picture = load_portrait(portrait)
         people = self.find_people(picture)
         films, tracks, fps = self.find_drivers(drivers, len(people), frames, show)
@@ -268,7 +270,8 @@ class PortraitPipeline:
         length = len(films[0])
         features = self.performances(picture, people, films, tracks, assign, length)
         latents = self.vae.encode(torch.from_numpy(working).permute(2, 0, 1)[None, :, None].to(self.device) / 127.5 - 1)
-        latents = self.denoise(latents, features, owners, steps, guidance, seed, show)
+        rounds = tqdm(range(draws), desc="draws", unit="draw", disable=not show or draws == 1)
+        latents = sum(self.denoise(latents, features, owners, steps, guidance, seed + 7919 * k, show and draws == 1) for k in rounds) / draws
         film = self.vae.decode(latents)[0, :, 1 : 1 + length, : size[0], : size[1]]
         film = ((film.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
         return Animation(film, fps, tracks, films, assign)
@@ -298,14 +301,14 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-038
+# %% ../nbs/11_animate.ipynb #cell-041
 class OneLineParser(argparse.ArgumentParser):
     "Errors of arguments are one line, too."
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-# %% ../nbs/11_animate.ipynb #cell-039
+# %% ../nbs/11_animate.ipynb #cell-042
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -317,6 +320,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--frames", type=int, help="length of the film (default: the shortest driver's)")
     parser.add_argument("--steps", type=int, help="solver steps (default: what the weights recommend)")
     parser.add_argument("--guidance", type=float, help="expression guidance, 1 = none (default: what the weights recommend)")
+    parser.add_argument("--draws", type=int, help="films from different noises, averaged (default: what the weights recommend)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--height", type=int, default=256, help="height of the written film in pixels; 0 = as generated (default: 256)")
     parser.add_argument("--compare", action="store_true", help="lay the drivers beside the result")
@@ -325,7 +329,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-# %% ../nbs/11_animate.ipynb #cell-040
+# %% ../nbs/11_animate.ipynb #cell-043
 def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     "Raise before the work starts where a file could not be written after it."
     if path is None:
@@ -341,7 +345,7 @@ def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     probe.touch()
     probe.unlink()
 
-# %% ../nbs/11_animate.ipynb #cell-041
+# %% ../nbs/11_animate.ipynb #cell-044
 def run_animation(args: argparse.Namespace) -> None:
     "What `fantasy-animate` does once its arguments are read."
     for path in [args.portrait, *args.drive]:
@@ -352,7 +356,7 @@ def run_animation(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     pipeline = PortraitPipeline.from_pretrained(args.weights)
-    film = pipeline(args.portrait, args.drive, args.frames, args.steps, args.guidance, args.seed, args.assign, show=not args.quiet)
+    film = pipeline(args.portrait, args.drive, args.frames, args.steps, args.guidance, args.seed, args.assign, not args.quiet, args.draws)
     gaps = [int((~track.present).sum()) for track in film.tracks]
     if any(gaps):
         print(f"note: frames without a visible driver face, filled in: {gaps} of {len(film.frames)}", file=sys.stderr)
@@ -361,7 +365,7 @@ def run_animation(args: argparse.Namespace) -> None:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-# %% ../nbs/11_animate.ipynb #cell-042
+# %% ../nbs/11_animate.ipynb #cell-045
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)

@@ -68,14 +68,21 @@ def test_another_driver_changes_only_whom_they_drive(pipeline):
 
 
 def test_people_follow_their_own_driver_and_not_the_other(pipeline):
-    "The first tiny weights follow weakly (LOG.md): the floor here is what they do reach; the goal is r >= 0.7 for yaw and mouth open."
-    from fantasy_nb.tracking import measure_expression, track_faces
+    """Against the true film of the performance (the renderer can draw it): nearer with their own drivers than held still, and than with the drivers swapped.
+
+    The tiny weights follow weakly (LOG.md): a tracker's curves are no test yet; the goal is r >= 0.7 for yaw and mouth open."""
+    from fantasy_nb.animate import resize
+    from fantasy_nb.faces import Expression, Scene, render_scene
 
     truth = [json.loads(data_samples(f"driver_{k}.json").read_text()) for k in "ab"]
-    seen = [measure_expression(track) for track in track_faces(pipeline(PORTRAIT, DRIVERS, show=False).frames, 2)]
-    assert len(seen) == 2
-    r = [[np.corrcoef(truth[j][name], seen[k][name])[0, 1] for name in ("yaw", "roll") for k in (0, 1) for j in (k if own else 1 - k,)] for own in (True, False)]
-    assert np.mean(r[0]) > 0.25 and np.mean(r[0]) > np.mean(r[1]) + 0.3, r
+    motions = [Expression(**{k: torch.tensor(v[:40], dtype=torch.float32) for k, v in t.items() if k in Expression.names()}) for t in truth]
+    own, swapped = (pipeline(PORTRAIT, DRIVERS, frames=40, guidance=1.0, assign=order, show=False).frames.astype(float) for order in ([1, 2], [2, 1]))
+    true = render_scene(Scene.sample(2, 9004), motions, (256, 384))[0]
+    true = np.stack([resize((f.permute(1, 2, 0) * 255).byte().numpy(), own.shape[1:3]) for f in true]).astype(float)
+    still = resize(read_image(PORTRAIT), own.shape[1:3])[None].astype(float)
+    held, follows, other = (10 * np.log10(255**2 / ((film - true) ** 2).mean()) for film in (still, own, swapped))
+    assert follows > held + 0.5 and follows > other + 0.5, (held, follows, other)  # measured 19.7, 20.6, 19.5 with one draw
+
 
 
 def test_shapes_of_input(pipeline):
@@ -160,7 +167,7 @@ def test_command_writes_film_and_sheet(tmp_path, capfd):
         assert container.streams.video[0].codec_context.name == "h264" and container.streams.video[0].codec_context.pix_fmt == "yuv420p"
         assert "Generated" in container.metadata.get("comment", "")
     assert read_image(sheet).ndim == 3
-    assert "denoising" in capfd.readouterr().err
+    assert "draws" in capfd.readouterr().err
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "real"
