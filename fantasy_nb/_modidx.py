@@ -514,6 +514,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fantasy_nb.vae.blend_tiles': ('vae.html#blend_tiles', 'fantasy_nb/vae.py'),
                                 'fantasy_nb.vae.channel_cost': ('vae.html#channel_cost', 'fantasy_nb/vae.py'),
                                 'fantasy_nb.vae.charbonnier': ('vae.html#charbonnier', 'fantasy_nb/vae.py'),
+                                'fantasy_nb.vae.check_latents': ('vae.html#check_latents', 'fantasy_nb/vae.py'),
                                 'fantasy_nb.vae.check_tiles': ('vae.html#check_tiles', 'fantasy_nb/vae.py'),
                                 'fantasy_nb.vae.check_video': ('vae.html#check_video', 'fantasy_nb/vae.py'),
                                 'fantasy_nb.vae.decode_stream': ('vae.html#decode_stream', 'fantasy_nb/vae.py'),

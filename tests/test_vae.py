@@ -223,7 +223,10 @@ def test_clear_errors(shape, words):
 
 
 def test_decode_refuses_other_channels():
-    with pytest.raises(ValueError, match="want latents"): VideoVAE(VAEConfig.tiny()).decode(torch.zeros(1, 16, 1, 2, 2))
+    vae = VideoVAE(VAEConfig.tiny())
+    for wrong in ((1, 16, 1, 2, 2), (48, 1, 2, 2), (1, 48, 0, 2, 2)):
+        with pytest.raises(ValueError, match="want latents"): vae.decode(torch.zeros(wrong))
+        with pytest.raises(ValueError, match="want latents"): decode_tiled(vae, torch.zeros(wrong), 64, 16)
 
 
 def test_config_refuses_other_factors():
