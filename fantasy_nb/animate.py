@@ -37,7 +37,7 @@ class PipelineConfig:
     window: int = 2  # latent frames a window has beside the portrait's
     overlap: int = 1  # latent frames that neighbouring windows share
     steps: int = 1
-    guidance: float = 1.5
+    guidance: float = 1.0
     draws: int = 6  # films from different noises, averaged: 1 = a sample, more = towards the mean of all samples
     shift: float = 5.0
     prediction: str = "clean"

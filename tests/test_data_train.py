@@ -213,8 +213,8 @@ def test_whole_clips_show_faces_of_the_same_size_with_more_around():
     assert far.frames.shape[-1] > near.frames.shape[-1] and abs(heights[0] / heights[1] - 1) < 0.15, heights
 
 
-def test_two_processes_learn_as_one_with_averaged_gradients(tmp_path, cache):
-    "Two processes of half a batch each end with equal weights; what they average is what the whole batch would have given."
+def test_two_processes_average_gradients_and_end_alike(tmp_path, cache):
+    "Gradients are averaged, one late process stops all, and half a batch each ends in equal weights (not those of one process: noise is drawn in each)."
     script = tmp_path / "two.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
