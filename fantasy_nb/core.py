@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['draw_tensor', 'seed_everything', 'default_device', 'zero_', 'as_frames', 'tile_frames', 'show_frames', 'atomic',
            'pad_even', 'write_video', 'show_clip', 'open_video', 'upright', 'display_matrix', 'on_even_grid',
-           'true_rate', 'read_video', 'read_image', 'write_image', 'data_samples']
+           'true_rate', 'read_video', 'read_image', 'write_image', 'data_samples', 'OneLineParser']
 
 # %% ../nbs/00_core.ipynb #cell-003
+import argparse
 import base64
 import importlib.util
 import os
@@ -337,3 +338,10 @@ def data_samples(
         if folder.is_dir():
             return folder.joinpath(*parts)
     raise FileNotFoundError(f"no data_samples folder in {here} or {here.parent}")
+
+# %% ../nbs/00_core.ipynb #cell-085
+class OneLineParser(argparse.ArgumentParser):
+    "Errors of arguments are one line, with exit code 2; `--help` tells the rest."
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help shows all)\n")

@@ -123,8 +123,8 @@ class ExpressionTokens(nn.Module):
         if self.place is not None:
             nn.init.normal_(self.place.weight, std=0.02)
 
-    def forward(self, features, mouth=1.0, emotion=1.0, overall=1.0) -> Tensor:  # Features or (b f 554) -> (b f 24 d)
-        "The three dials are those of `strengthen`."
+    def forward(self, features, mouth=1.0, emotion=1.0, overall=1.0, place=True) -> Tensor:  # Features or (b f 554) -> (b f 24 d)
+        "The three dials are those of `strengthen`; place=False: frames that are no part of a window."
         x = features if isinstance(features, Features) else Features.unpack(features)
         x = strengthen(x, mouth, emotion, overall)
         linear = self.norm(torch.stack([project(getattr(x, name)) for name, project in self.linear.items()], -2))
@@ -133,7 +133,7 @@ class ExpressionTokens(nn.Module):
             group = getattr(x, name)
             learnable.append(resample(group.flatten(0, -2)[:, None]).unflatten(0, group.shape[:-1]))
         tokens = torch.cat([linear, *learnable], -2)
-        return tokens if self.place is None else tokens + self.place(frame_place(tokens.shape[1], tokens.device))[:, None]
+        return tokens if self.place is None or not place else tokens + self.place(frame_place(tokens.shape[1], tokens.device))[:, None]
 
     def release_state_dict(self) -> dict:  # {released name: tensor}
         "The parameters under the names of the released adapter."

@@ -15,8 +15,8 @@ from fantasy_nb.data import ClipConfig, SceneClips, collate
 from fantasy_nb.dit import DiTConfig
 from fantasy_nb.expression import ExpressionEncoder
 from fantasy_nb.tokens import TokenConfig
-from fantasy_nb.train import (Animator, LatentClips, TrainConfig, animator_loss, channel_weights, encode_clips, held_out_loss, image_condition, load_checkpoint,
-                              loss_weight, main, mirrored, owners_from_portrait, step_generator, train)
+from fantasy_nb.train import (Animator, LatentClips, TrainConfig, animator_loss, channel_weights, encode_clips, encode_stills, held_out_loss, image_condition, load_checkpoint,
+                              loss_weight, main, mirrored, owners_from_portrait, pick_moments, step_generator, train)
 from fantasy_nb.vae import VideoVAE
 
 SMALL = TrainConfig(steps=6, batch=2, warmup=2)
@@ -238,3 +238,59 @@ torch.save(animator.state_dict(), Path({str(tmp_path)!r}) / f"rank{{rank}}.pt")
     states = [torch.load(tmp_path / f"rank{k}.pt", weights_only=True) for k in (0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states)))
     assert (tmp_path / "run" / "checkpoint.pt").exists() and len(list(csv.DictReader(open(tmp_path / "run" / "log.csv")))) == SMALL.steps
+
+
+def stills_config(**options):
+    return ClipConfig(frames=4, stills=True, people=(2,), whole=(), **options)
+
+
+def test_stills_are_a_calm_portrait_and_moments_without_a_motion():
+    clips, clip = SceneClips(stills_config(), seed=4), SceneClips(stills_config(), seed=4)[0]
+    assert clip.frames.shape == (4, 3, 64, 96) and clip.crops.shape == (2, 4, 3, 64, 64)
+    drawn = [clips.motion(64 * k) for k in range(60)]
+    portraits, moments = (torch.cat([m.yaw[part] for m in drawn]) for part in (slice(0, 1), slice(1, None)))
+    assert portraits.std() < 6 < moments.std() < 16
+    assert all(m.blink_left[0] == 0 for m in drawn) and any((m.blink_left[1:] > 0.3).any() for m in drawn)
+    film = SceneClips(ClipConfig(head=(0.5, 0.5)), seed=4).motion(7)
+    whole = SceneClips(ClipConfig(head=(1.0, 1.0)), seed=4).motion(7)
+    torch.testing.assert_close(film.yaw[1:], whole.yaw[1:] / 2)
+    assert torch.equal(film.mouth_open, whole.mouth_open)
+
+
+def test_encoded_stills_keep_portrait_first_and_pick_others():
+    clip, tiny = SceneClips(stills_config(), seed=4)[0], data_samples("weights", "tiny")
+    vae, encoder = VideoVAE.from_pretrained(tiny / "vae").eval(), ExpressionEncoder.from_pretrained(tiny / "encoder")
+    row = encode_stills(clip, vae, encoder)
+    assert {k: tuple(v.shape) for k, v in row.items()} == {"latents": (48, 4, 8, 12), "features": (2, 4, 554), "owners": (1, 24), "weight": (1, 4, 8, 12)}
+    batch = {k: v[None] if k == "owners" else v[None].float() for k, v in row.items()}
+    picked = pick_moments(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(picked["latents"][:, :, 0], batch["latents"][:, :, 0]) and picked["owners"].shape == (1, 3, 24)
+    for k in (1, 2):  # each picked moment brings its own features and weight along
+        source = [j for j in range(1, 4) if torch.equal(picked["latents"][0, :, k], batch["latents"][0, :, j])]
+        assert len(source) == 1 and torch.equal(picked["features"][0, :, k], batch["features"][0, :, source[0]])
+        assert torch.equal(picked["weight"][0, :, k], batch["weight"][0, :, source[0]])
+    assert torch.equal(picked["weight"][0, :, 0], batch["weight"][0, :, 0] / 4)
+
+
+def test_a_still_equals_a_window_whose_four_frames_agree():
+    torch.manual_seed(0)
+    animator = small_animator(2)
+    animator.tokens.place = None
+    x, portrait, moments = torch.randn(2, 48, 3, 8, 16), torch.randn(2, 48, 1, 8, 16), torch.randn(2, 2, 3, 554)
+    for p in animator.dit.parameters():  # not the zeros of the start
+        p.data.add_(0.05 * torch.randn_like(p))
+    owners, t = torch.randint(0, 3, (2, 3, 32)), torch.tensor([1.0, 0.4])
+    windows = moments[:, :, [0, 1, 1, 1, 1, 2, 2, 2, 2]]
+    with torch.no_grad():
+        one, four = (animator(x, t, portrait, f, owners) for f in (moments, windows))
+        other = animator(x, t, portrait, moments.flip(2), owners)
+    torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-5)
+    assert (one - other).abs().max() > 1e-3
+
+
+def test_stages_follow_one_another(tmp_path, capsys):
+    first, second = tmp_path / "stills", tmp_path / "clips"
+    assert main(["--stage", "stills", "--run", str(first), "--clips", "2", "--steps", "2", "--batch", "1"]) == 0
+    assert main(["--init", str(first / "weights"), "--run", str(second), "--clips", "2", "--steps", "2", "--batch", "1"]) == 0
+    assert Animator.from_pretrained(second / "weights").dit.config.width == DiTConfig.tiny().width
+    assert main(["--init", str(tmp_path / "nowhere"), "--run", str(second), "--clips", "2"]) == 2 and "nowhere" in capsys.readouterr().err
