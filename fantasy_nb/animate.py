@@ -319,7 +319,7 @@ class PortraitPipeline(StoredPipeline):
         films, tracks, fps = find_drivers(drivers, len(people), frames, show)
         assign = check_assignment(assign, len(tracks), len(people))
         working, boxes, size = fit_portrait(picture, face_boxes(people), c)
-        owners = owners_from_portrait(boxes, working.shape[:2], 5).to(self.device)
+        owners = owners_from_portrait(boxes, working.shape[:2], 5, 8 * self.animator.dit.config.patch[1]).to(self.device)
         features = self.performances(picture, people, films, tracks, assign)
         latents = self.vae.encode(torch.from_numpy(working).permute(2, 0, 1)[None, :, None].to(self.device) / 127.5 - 1)
         rounds = tqdm(range(c.draws), desc="draws", unit="draw", disable=not show or c.draws == 1)

@@ -48,8 +48,8 @@ class DiTConfig:
 
     @classmethod
     def tiny(cls):
-        "Learns on two CPU cores: 48-channel latents, no text, no image memory."
-        return cls(100, 48, width=192, ffn=512, heads=6, layers=6, text_width=None, image_width=None)
+        "Learns on two CPU cores: 48-channel latents, a token for each, no text, no image memory."
+        return cls(100, 48, (1, 1, 1), width=128, ffn=512, heads=4, layers=6, text_width=None, image_width=None)
 
     @classmethod
     def mini(cls):

@@ -257,35 +257,34 @@ def test_stills_are_a_calm_portrait_and_moments_without_a_motion():
     assert torch.equal(film.mouth_open, whole.mouth_open)
 
 
-def test_encoded_stills_keep_portrait_first_and_pick_others():
+def test_encoded_stills_become_samples_of_one_moment():
     clip, tiny = SceneClips(stills_config(), seed=4)[0], data_samples("weights", "tiny")
     vae, encoder = VideoVAE.from_pretrained(tiny / "vae").eval(), ExpressionEncoder.from_pretrained(tiny / "encoder")
     row = encode_stills(clip, vae, encoder)
-    assert {k: tuple(v.shape) for k, v in row.items()} == {"latents": (48, 4, 8, 12), "features": (2, 4, 554), "owners": (1, 24), "weight": (1, 4, 8, 12)}
+    assert {k: tuple(v.shape) for k, v in row.items()} == {"latents": (48, 4, 8, 12), "features": (2, 4, 554), "owners": (1, 96), "weight": (1, 4, 8, 12)}
     batch = {k: v[None] if k == "owners" else v[None].float() for k, v in row.items()}
     picked = pick_moments(batch, torch.Generator().manual_seed(0))
-    assert torch.equal(picked["latents"][:, :, 0], batch["latents"][:, :, 0]) and picked["owners"].shape == (1, 3, 24)
-    for k in (1, 2):  # each picked moment brings its own features and weight along
-        source = [j for j in range(1, 4) if torch.equal(picked["latents"][0, :, k], batch["latents"][0, :, j])]
-        assert len(source) == 1 and torch.equal(picked["features"][0, :, k], batch["features"][0, :, source[0]])
-        assert torch.equal(picked["weight"][0, :, k], batch["weight"][0, :, source[0]])
-    assert torch.equal(picked["weight"][0, :, 0], batch["weight"][0, :, 0] / 4)
+    assert picked["owners"].shape == (2, 1, 96) and all(torch.equal(p, batch["latents"][0, :, :1]) for p in picked["portrait"])
+    sources = [[j for j in range(4) if torch.equal(x[:, 0], batch["latents"][0, :, j])] for x in picked["latents"]]
+    assert all(len(s) == 1 and s[0] > 0 for s in sources) and sources[0] != sources[1]  # never the portrait
+    for x, w, (j,) in zip(picked["features"], picked["weight"], sources):  # each moment brings its own features and weight along
+        assert torch.equal(x[:, 0], batch["features"][0, :, j]) and torch.equal(w[:, 0], batch["weight"][0, :, j])
 
 
 def test_a_still_equals_a_window_whose_four_frames_agree():
     torch.manual_seed(0)
     animator = small_animator(2)
-    animator.tokens.place = None
-    x, portrait, moments = torch.randn(2, 48, 3, 8, 16), torch.randn(2, 48, 1, 8, 16), torch.randn(2, 2, 3, 554)
     for p in animator.dit.parameters():  # not the zeros of the start
         p.data.add_(0.05 * torch.randn_like(p))
-    owners, t = torch.randint(0, 3, (2, 3, 32)), torch.tensor([1.0, 0.4])
-    windows = moments[:, :, [0, 1, 1, 1, 1, 2, 2, 2, 2]]
+    x, moment, owners, t = torch.randn(2, 100, 1, 4, 8), torch.randn(2, 2, 1, 554), torch.randint(0, 3, (2, 1, 32)), torch.tensor([1000.0, 400.0])
     with torch.no_grad():
-        one, four = (animator(x, t, portrait, f, owners) for f in (moments, windows))
-        other = animator(x, t, portrait, moments.flip(2), owners)
-    torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-5)
-    assert (one - other).abs().max() > 1e-3
+        expression, mask = animator.listen(moment, owners, stills=True)
+        fourfold = lambda z: z.unflatten(-1, (2, 24)).repeat_interleave(4, -2).flatten(-2)  # noqa: E731
+        once = animator.dit(x, t, expression=expression, expression_mask=mask)
+        four = animator.dit(x, t, expression=fourfold(expression.mT).mT, expression_mask=fourfold(mask))
+        other = animator.dit(x, t, expression=animator.listen(moment.flip(1), owners, stills=True)[0], expression_mask=mask)
+    torch.testing.assert_close(once, four, rtol=1e-4, atol=1e-5)
+    assert (once - other).abs().max() > 1e-3
 
 
 def test_stages_follow_one_another(tmp_path, capsys):
