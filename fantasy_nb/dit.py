@@ -268,7 +268,7 @@ def init_weights(dit: nn.Module) -> None:
 
     | parameters | start | why |
     |-|-|-|
-    | matrices | Xavier uniform | keeps the variance, at width 192 as at 5120 |
+    | matrices | Xavier uniform | keeps the variance, at width 128 as at 5120 |
     | biases, block and head modulation | 0 | |
     | norms | 1 | |
     | time embedding | normal 0.02 | small, not dead |
