@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from fantasy_nb.core import write_image, write_video
+from fantasy_nb.data import turned
 from fantasy_nb.faces import Expression, Identity, Scene, random_motion, render_face, render_scene
 
 PORTRAITS = {"one": (1, 9007), "two": (2, 9004), "three": (3, 9003)}  # people, seed of the scene
 DRIVERS = {"a": (9101, 9342), "b": (9106, 9486), "c": (9104, 9376), "d": (9107, 9416)}  # seed of the person, of the motion; a and b are nearly uncorrelated
 FRAMES, FPS, HEIGHT = 75, 25, 256
+HEAD = 0.5  # of `random_motion`'s angles: people who talk to a camera, not people who look around
 
 
 def portrait(people: int, seed: int) -> torch.Tensor:  # (3 h w)
@@ -30,7 +32,7 @@ def main(folder="data_samples") -> None:
     for name, (people, seed) in PORTRAITS.items():
         write_image(folder / f"portrait_{name}.png", portrait(people, seed))
     for name, (person, seed) in DRIVERS.items():
-        motion = random_motion(FRAMES, seed, FPS)
+        motion = turned(random_motion(FRAMES, seed, FPS), HEAD)
         write_video(folder / f"driver_{name}.mp4", render_face(Identity.sample(1, person), motion, HEIGHT), FPS, metadata={"comment": "synthetic, made by tools/make_samples.py"})
         curves = {factor: [round(x, 4) for x in getattr(motion, factor).tolist()] for factor in motion.names()}
         (folder / f"driver_{name}.json").write_text(json.dumps(curves) + "\n")
