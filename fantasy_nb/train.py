@@ -455,10 +455,10 @@ def append_log(path: Path, rows: list[tuple]) -> None:
         writer = csv.writer(handle)
         writer.writerows(([("step", "loss", "gradient_norm", "seconds")] if new else []) + rows)
 
-# %% ../nbs/10_train.ipynb #cell-049
+# %% ../nbs/10_train.ipynb #cell-047
 STAGES = {  # first what a face looks like in any pose, then how it moves: the pictures to learn from, how they are encoded, how to train
-    "stills": (ClipConfig(frames=5, stills=True), encode_stills, TrainConfig(steps=16000, pure_noise=0.8)),
-    "clips": (ClipConfig(), encode_clip, TrainConfig(steps=6000, lr=1e-3)),
+    "stills": (ClipConfig(frames=5, stills=True), encode_stills, TrainConfig(steps=8500, pure_noise=0.8)),
+    "clips": (ClipConfig(), encode_clip, TrainConfig(steps=2000, lr=1e-3)),
 }
 
 # %% ../nbs/10_train.ipynb #cell-050

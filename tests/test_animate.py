@@ -8,6 +8,7 @@ import torch
 from fantasy_nb.animate import (Animation, PipelineConfig, PortraitPipeline, blend_windows, check_assignment, fit_portrait, main, window_starts)
 from fantasy_nb.core import data_samples, read_image, read_video, write_image, write_video
 from fantasy_nb.faces import paint_background, pixel_grid, Identity
+from fantasy_nb.tracking import measure_expression, track_faces
 
 PORTRAIT, DRIVERS = str(data_samples("portrait_two.png")), [str(data_samples(f"driver_{k}.mp4")) for k in "ab"]
 
@@ -68,9 +69,9 @@ def test_another_driver_changes_only_whom_they_drive(pipeline):
 
 
 def test_people_follow_their_own_driver_and_not_the_other(pipeline):
-    """Against the true film of the performance (the renderer can draw it): nearer with their own drivers than held still, and than with the drivers swapped.
+    """Against the true film of the performance (the renderer can draw it): nearer with their own drivers than held still, and than with the drivers swapped. And a tracker sees each head turn as its own driver's.
 
-    The tiny weights follow weakly (LOG.md): a tracker's curves are no test yet; the goal is r >= 0.7 for yaw and mouth open."""
+    Mouths are not tested by the tracker: the tiny weights do not reach r >= 0.7 there (LOG.md)."""
     from fantasy_nb.animate import resize
     from fantasy_nb.faces import Expression, Scene, render_scene
 
@@ -81,7 +82,10 @@ def test_people_follow_their_own_driver_and_not_the_other(pipeline):
     true = np.stack([resize((f.permute(1, 2, 0) * 255).byte().numpy(), own.shape[1:3]) for f in true]).astype(float)
     still = resize(read_image(PORTRAIT), own.shape[1:3])[None].astype(float)
     held, follows, other = (10 * np.log10(255**2 / ((film - true) ** 2).mean()) for film in (still, own, swapped))
-    assert follows > held + 0.5 and follows > other + 0.5, (held, follows, other)  # measured 19.7, 21.2, 19.7 over 48 frames
+    assert follows > held + 2 and follows > other + 2, (held, follows, other)
+    seen = [measure_expression(track) for track in track_faces(own.astype(np.uint8), 2)]
+    r = [[np.corrcoef(truth[who]["yaw"][:40], seen[k]["yaw"])[0, 1] for who in (k, 1 - k)] for k in (0, 1)]
+    assert all(mine > 0.7 and mine > theirs + 0.3 for mine, theirs in r), r
 
 
 def test_shapes_of_input(pipeline):
