@@ -458,7 +458,7 @@ def append_log(path: Path, rows: list[tuple]) -> None:
 # %% ../nbs/10_train.ipynb #cell-047
 STAGES = {  # first what a face looks like in any pose, then how it moves: the pictures to learn from, how they are encoded, how to train
     "stills": (ClipConfig(frames=5, stills=True), encode_stills, TrainConfig(steps=8500, pure_noise=0.8)),
-    "clips": (ClipConfig(), encode_clip, TrainConfig(steps=2000, lr=1e-3)),
+    "clips": (ClipConfig(), encode_clip, TrainConfig(steps=2900, lr=1e-3)),
 }
 
 # %% ../nbs/10_train.ipynb #cell-050
