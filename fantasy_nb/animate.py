@@ -236,6 +236,7 @@ def denoise(animator: Animator, config: PipelineConfig, portrait: Tensor, featur
 
 # %% ../nbs/11_animate.ipynb #cell-024
 def to_pixels(video: Tensor) -> np.ndarray:  # (1 3 f h w) in [-1, 1] -> uint8 (f h w 3)
+    "Rounded, clipped, channels last: what writers of pictures want."
     return ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
