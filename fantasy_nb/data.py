@@ -10,6 +10,7 @@ __all__ = ['REGION_MARGIN', 'Clip', 'ClipConfig', 'zoom_in', 'jittered_crops', '
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .faces import Expression, Identity, Scene, random_motion, render_crops, render_scene
@@ -37,8 +38,8 @@ class ClipConfig:
     whole: tuple = (5, 7)  # clips whose i % len(people) is here show the same faces in a larger picture, with all around them
     crop: int = 64  # pixels of the drivers' crops
     head: tuple = (0.1, 0.8)  # heads turn by a share of `random_motion`'s angles, drawn between these
-    slowest: float = 8.0  # frame rates are drawn between these: a low rate packs more motion into as many frames
-    fastest: float = 25.0
+    slowest: float = 20.0  # frame rates are drawn between these: at a high rate a window's four frames are nearly one moment
+    fastest: float = 50.0
 
     def __post_init__(self):
         if (self.frames % 4 != 1 and not self.stills) or self.height % 16:
@@ -78,12 +79,15 @@ def turned(motion: Expression, share: Tensor) -> Expression:  # share (f,) or (1
     return replace(motion, **{name: getattr(motion, name) * share for name in ("yaw", "pitch", "roll")})
 
 
-def livelier(moments: Expression, g: torch.Generator) -> Expression:
-    "Half of the mouths opened by any amount, every seventh pair of lids closed by any amount: in films both are mostly at rest, and rests teach little."
-    chance, amount = torch.rand(2, len(moments), generator=g), torch.rand(2, len(moments), generator=g)
-    mouth = torch.where(chance[0] < 0.5, amount[0], moments.mouth_open)
-    lids = {name: torch.where(chance[1] < 0.15, amount[1], getattr(moments, name)) for name in ("blink_left", "blink_right")}
-    return replace(moments, mouth_open=mouth, **lids)
+def livelier(motion: Expression, g: torch.Generator, stills: bool) -> Expression:
+    "Every second mouth opened by any amount, every seventh pair of lids closed by any amount: in films both are mostly at rest, and rests teach little."
+    if stills:  # each moment for itself
+        chance, amount = torch.rand(2, 2, len(motion), generator=g)
+    else:  # all of a clip, gliding through three amounts
+        chance, amount = torch.rand(2, 1, generator=g), F.interpolate(torch.rand(1, 2, 3, generator=g), size=len(motion), mode="linear")[0]
+    mouth = torch.where(chance[0] < 0.5, amount[0], motion.mouth_open)
+    lids = {name: torch.where(chance[1] < 0.15, amount[1], getattr(motion, name)) for name in ("blink_left", "blink_right")}
+    return replace(motion, mouth_open=mouth, **lids)
 
 # %% ../nbs/09_data.ipynb #cell-010
 class SceneClips(torch.utils.data.Dataset):
@@ -108,10 +112,9 @@ class SceneClips(torch.utils.data.Dataset):
         share = low + (high - low) * torch.rand(c.frames if c.stills else 1, generator=g)
         if c.stills:
             drawn = Expression.cat([random_motion(9, seed * 8 + k, 25.0)[4] for k in range(c.frames)])
-            performance = livelier(turned(drawn, share), g)
         else:
-            fps = c.slowest + (c.fastest - c.slowest) * torch.rand(1, generator=g).item()
-            performance = turned(random_motion(c.frames, seed, fps), share)
+            drawn = random_motion(c.frames, seed, c.slowest + (c.fastest - c.slowest) * torch.rand(1, generator=g).item())
+        performance = livelier(turned(drawn, share), g, c.stills)
         return Expression.cat([calm(random_motion(9, seed + 1, 25.0)[4]), performance[1:]])
 
     def __getitem__(self, index: int) -> Clip:

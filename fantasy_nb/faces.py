@@ -886,7 +886,8 @@ def random_motion(
     blink = pulses(frames, fps, (0.8, 3.5), 0.08, 0.18, g)
     blink = torch.where(blink > 0, (blink / 0.6).clamp(0, 1), 0.0)
     phrase = torch.sigmoid(4 * (slow(0.5) + 0.5))
-    speech = pulses(frames, fps, (0.16, 0.45), 0.10, 0.16, g) * phrase * (0.75 + 0.25 * slow(0.3)).clamp(0.2, 1.0)
+    syllables = pulses(frames, fps, (0.25, 0.70), 0.16, 0.25, g) * (0.75 + 0.25 * slow(0.3)).clamp(0.2, 1.0)
+    speech = phrase * (syllables + 0.3 * (slow(0.2) + 0.5).clamp(min=0))  # between syllables lips need not meet
     feeling, strength = torch.randint(0, 7, (1,), generator=g).item(), (0.6 + 0.5 * slow(0.8)).clamp(0, 1)
     smile = (0.25 + 0.4 * slow(0.7)).clamp(-0.5, 1)
     return Expression.neutral(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'STAGES', 'image_condition', 'Animator', 'paint_boxes',
-           'place_weight', 'loss_weight', 'channel_weights', 'owners_from_portrait', 'write_whole', 'encode_clip',
-           'encode_stills', 'pick_moments', 'mirrored', 'encode_clips', 'LatentClips', 'TrainConfig', 'step_generator',
-           'animator_loss', 'EMA', 'save_checkpoint', 'load_checkpoint', 'place_in_group', 'average_gradients',
-           'held_out_loss', 'train', 'append_log', 'build_parser', 'main', 'run_training']
+           'place_weight', 'loss_weight', 'channel_weights', 'owners_from_portrait', 'write_whole', 'as_stored',
+           'encode_clip', 'encode_stills', 'pick_moments', 'mirrored', 'encode_clips', 'LatentClips', 'TrainConfig',
+           'step_generator', 'animator_loss', 'EMA', 'save_checkpoint', 'load_checkpoint', 'place_in_group',
+           'average_gradients', 'held_out_loss', 'train', 'append_log', 'build_parser', 'main', 'run_stage',
+           'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-004
 import argparse
@@ -195,6 +196,12 @@ def write_whole(path: Path, write) -> None:
         part.unlink(missing_ok=True)
 
 # %% ../nbs/10_train.ipynb #cell-020
+def as_stored(latents: Tensor, features: Tensor, owners: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    "Half precision, on the CPU."
+    parts = {"latents": latents.half(), "features": features.half(), "owners": owners, "weight": weight.half()}
+    return {name: value.cpu().contiguous() for name, value in parts.items()}
+
+
 @torch.no_grad()
 def encode_clip(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder) -> dict[str, Tensor]:
     "Pixels -> latents (c t h w), features (p f 554), owners (t n), weight (1 t h w): all that training reads."
@@ -204,9 +211,7 @@ def encode_clip(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder) -> dict[s
     p, f = clip.crops.shape[:2]
     features = encoder(batch["crops"][0].flatten(0, 1).to(device)).pack().view(p, f, -1)
     owners = owners_from_portrait(clip.boxes[0], clip.frames.shape[-2:], f)
-    weight = loss_weight(batch["boxes"], tuple(latents.shape[-2:]))[0]
-    parts = {"latents": latents.half(), "features": features.half(), "owners": owners, "weight": weight.half()}
-    return {name: value.cpu().contiguous() for name, value in parts.items()}
+    return as_stored(latents, features, owners, loss_weight(batch["boxes"], tuple(latents.shape[-2:]))[0])
 
 # %% ../nbs/10_train.ipynb #cell-023
 @torch.no_grad()
@@ -216,9 +221,7 @@ def encode_stills(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder) -> dict
     latents = vae.encode((clip.frames.to(device) / 127.5 - 1)[:, :, None])[:, :, 0].transpose(0, 1)
     features = encoder((clip.crops.to(device) / 127.5 - 1).flatten(0, 1)).pack().view(p, m, -1)
     owners = owners_from_portrait(clip.boxes[0], clip.frames.shape[-2:], 1)
-    weight = place_weight(clip.boxes, tuple(latents.shape[-2:]))[None]
-    parts = {"latents": latents.half(), "features": features.half(), "owners": owners, "weight": weight.half()}
-    return {name: value.cpu().contiguous() for name, value in parts.items()}
+    return as_stored(latents, features, owners, place_weight(clip.boxes, tuple(latents.shape[-2:]))[None])
 
 
 def pick_moments(batch: dict[str, Tensor], g: torch.Generator, count: int = 2) -> dict[str, Tensor]:
@@ -345,13 +348,13 @@ class EMA:
     "A moving average of the weights: smoother than the weights themselves, and what is shipped."
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.shadow = decay, {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.decay, self.steps, self.shadow = decay, 0, {k: v.detach().clone() for k, v in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int):
         "After a step. Early on the average is short: min(decay, (1 + step) / (10 + step))."
         decay = min(self.decay, (1 + step) / (10 + step))
-        state = model.state_dict()
+        state, self.steps = model.state_dict(), step + 1
         torch._foreach_lerp_([self.shadow[name] for name in state], list(state.values()), 1 - decay)
 
 # %% ../nbs/10_train.ipynb #cell-034
@@ -370,7 +373,7 @@ def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config:
         raise ValueError(f"{path} belongs to another run: {changed} (stored, asked for); start a new run or keep its settings")
     animator.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    ema.shadow = {k: v.clone() for k, v in state["ema"].items()}
+    ema.steps, ema.shadow = state["step"], {k: v.clone() for k, v in state["ema"].items()}
     return state["step"]
 
 # %% ../nbs/10_train.ipynb #cell-036
@@ -456,9 +459,9 @@ def append_log(path: Path, rows: list[tuple]) -> None:
         writer.writerows(([("step", "loss", "gradient_norm", "seconds")] if new else []) + rows)
 
 # %% ../nbs/10_train.ipynb #cell-047
-STAGES = {  # first what a face looks like in any pose, then how it moves: the pictures to learn from, how they are encoded, how to train
-    "stills": (ClipConfig(frames=5, stills=True), encode_stills, TrainConfig(steps=8500, pure_noise=0.8)),
-    "clips": (ClipConfig(), encode_clip, TrainConfig(steps=2900, lr=1e-3)),
+STAGES = {  # first what a face looks like in any pose, then how it moves: the pictures to learn from, how they are encoded, how many, how to train
+    "stills": (ClipConfig(frames=5, stills=True), encode_stills, 3450, TrainConfig(steps=8500, pure_noise=0.8)),
+    "clips": (ClipConfig(), encode_clip, 1500, TrainConfig(steps=2900, lr=1e-3)),
 }
 
 # %% ../nbs/10_train.ipynb #cell-050
@@ -466,17 +469,17 @@ def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = OneLineParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic clips; VAE and encoder weights must exist.")
     parser.add_argument("--config", choices=["tiny"], default="tiny", help="size of the model")
-    parser.add_argument("--stage", choices=list(STAGES), default="clips", help="stills: unrelated moments, quick to draw and to learn; clips: motion (default)")
+    parser.add_argument("--stage", choices=["both", *STAGES], default="both", help="stills: unrelated moments, quick to draw and to learn; clips: motion; default: one after the other")
     parser.add_argument("--init", type=Path, default=None, help="folder with dit/ and tokens/ to start from, as an earlier stage wrote them (default: random weights)")
     parser.add_argument("--parts", type=Path, default=None, help="folder with vae/ and encoder/ weights (default: the shipped ones of this config)")
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of checkpoint, log and cache (default: runs/tiny)")
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of checkpoint, log and cache, with both stages one inside it for each (default: runs/tiny)")
     parser.add_argument("--cache", type=Path, default=None, help="folder of encoded clips or stills (default: RUN/cache)")
-    parser.add_argument("--clips", type=int, default=5000, help="clips to render and encode into the cache, if they are not there yet")
-    parser.add_argument("--steps", type=int, default=None, help="training steps")
+    parser.add_argument("--clips", type=int, default=None, help="clips to render and encode into the cache, if they are not there yet (default: 3450 of stills, 1500 of clips)")
+    parser.add_argument("--steps", type=int, default=None, help="training steps of the stage")
     parser.add_argument("--batch", type=int, default=None, help="clips a step")
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-minutes", type=float, default=math.inf, help="stop with a checkpoint after so many minutes of training")
+    parser.add_argument("--max-minutes", type=float, default=math.inf, help="stop a stage, with a checkpoint, after so many minutes of training")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--out", type=Path, default=None, help="write the averaged weights here (dit/ and tokens/), beside the parts they need")
@@ -495,27 +498,45 @@ def main(arguments=None) -> int:
         return 2
 
 # %% ../nbs/10_train.ipynb #cell-052
-def run_training(args: argparse.Namespace) -> int:
-    "What `fantasy-train` does once its arguments are read."
+def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None, out: Path) -> bool:  # was it trained to its last step?
+    "One stage of `STAGES`: fill its cache, train, write the averaged weights into `out`."
     settings = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr), ("seed", args.seed)) if v is not None}
-    clip_config, encode, config = STAGES[args.stage]
-    config, device = replace(config, **settings), default_device()
+    clip_config, encode, count, config = STAGES[stage]
+    config, device, cache = replace(config, **settings), default_device(), args.cache or run / "cache"
     parts = args.parts or data_samples("weights", args.config)
     vae, encoder = VideoVAE.from_pretrained(parts / "vae").to(device).eval(), ExpressionEncoder.from_pretrained(parts / "encoder").to(device).eval()
-    cache = args.cache or args.run / "cache"
-    if os.environ.get("RANK") and not dist.is_initialized():  # started by torchrun
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if place_in_group()[0] == 0:
-        encode_clips(SceneClips(clip_config, seed=0, device=device), args.clips, cache, vae, encoder, encode)
+        encode_clips(SceneClips(clip_config, seed=0, device=device), count if args.clips is None else args.clips, cache, vae, encoder, encode)
     if dist.is_initialized():
         dist.barrier()
     torch.manual_seed(config.seed)
-    animator = (Animator.from_pretrained(args.init, device) if args.init else Animator.tiny().to(device)).train()
-    ema = train(animator, LatentClips(cache), config, args.run, args.resume, args.max_minutes, channels=channel_weights(vae))
-    if place_in_group()[0]:
+    animator = (Animator.from_pretrained(init, device) if init else Animator.tiny().to(device)).train()
+    ema = train(animator, LatentClips(cache), config, run, args.resume, args.max_minutes, channels=channel_weights(vae))
+    if place_in_group()[0] == 0:
+        animator.load_state_dict(ema.shadow)
+        animator.save_pretrained(out, torch.float16)
+        print(f"{stage}: {ema.steps} of {config.steps} steps, weights in {out}")
+    if dist.is_initialized():
+        dist.barrier()
+    return ema.steps >= config.steps
+
+
+def run_training(args: argparse.Namespace) -> int:
+    "What `fantasy-train` does once its arguments are read: one stage, or both, the second from the first one's weights."
+    if os.environ.get("RANK") and not dist.is_initialized():  # started by torchrun
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    weights = args.out or args.run / "weights"
+    if args.stage != "both":
+        if args.stage == "clips" and not args.init:
+            print("fantasy-train: clips from random weights, without stills before them (--init): heads will hardly follow", file=sys.stderr)
+        run_stage(args, args.stage, args.run, args.init, weights)
         return 0
-    animator.load_state_dict(ema.shadow)
-    out = args.out or args.run / "weights"
-    animator.save_pretrained(out, torch.float16)
-    print(f"weights in {out}")
+    alone = [f"--{name}" for name in ("cache", "clips", "steps", "lr") if getattr(args, name) is not None]
+    if alone:
+        raise ValueError(f"{' and '.join(alone)} belong to one stage: say which with --stage stills or --stage clips")
+    first, second = args.run / "stills", args.run / "clips"
+    if run_stage(args, "stills", first, args.init, first / "weights"):
+        run_stage(args, "clips", second, first / "weights", weights)
+    else:
+        print(f"stopped within the first stage; go on with --resume --run {args.run}")
     return 0

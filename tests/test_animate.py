@@ -181,3 +181,38 @@ def test_real_footage_drives_and_is_driven(tmp_path):
     assert main([ONE, "--drive", str(SHARED / "biden.mp4"), "-o", str(tmp_path / "a.mp4"), "--frames", "12", "--steps", "2", "--quiet"]) == 0
     assert main([str(SHARED / "two_person.png"), "--drive", DRIVERS[0], "--drive", DRIVERS[1], "-o", str(tmp_path / "b.mp4"), "--frames", "12", "--steps", "2", "--quiet"]) == 0
     assert [len(read_video(tmp_path / f"{k}.mp4")[0]) for k in "ab"] == [12, 12]
+
+
+@torch.no_grad()
+def test_a_film_decoded_in_pieces_is_the_film(pipeline):
+    from fantasy_nb.animate import decode_film
+
+    for latent_frames in (2, 5, 10):
+        latents = torch.randn(1, 48, latent_frames, 4, 6, generator=torch.Generator().manual_seed(latent_frames)) * 0.5
+        whole = ((pipeline.vae.decode(latents)[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255)[1:]
+        film = decode_film(pipeline.vae, latents)
+        assert film.shape == (4 * (latent_frames - 1), 32, 48, 3) and np.abs(film.astype(float) - whole.numpy()).max() <= 1
+
+
+def test_solvers_and_guidance_interval_reach_the_film(pipeline):
+    films = {name: pipeline(PORTRAIT, DRIVERS, frames=4, steps=3, draws=1, show=False, solver=name).frames.astype(int) for name in ("euler", "heun", "multistep")}
+    assert np.abs(films["euler"] - films["heun"]).max() > 0 and np.abs(films["euler"] - films["multistep"]).max() > 0
+    everywhere = pipeline(PORTRAIT, DRIVERS, frames=4, steps=3, draws=1, guidance=3.0, show=False).frames
+    nowhere = pipeline(PORTRAIT, DRIVERS, frames=4, steps=3, draws=1, guidance=3.0, interval=(0.0, 0.0), show=False).frames
+    assert np.array_equal(nowhere, films["euler"].astype(np.uint8)) and not np.array_equal(everywhere, nowhere)
+
+
+@pytest.mark.parametrize("wrong, said", [(dict(solver="rk4"), "solver"), (dict(interval=(0.8, 0.2)), "interval"), (dict(interval=(0.0, 2.0)), "interval"), (dict(steps=0), "step")])
+def test_wrong_pipeline_options_are_named(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        PipelineConfig(**wrong)
+
+
+@pytest.mark.parametrize("options", [["--solver", "rk4"], ["--interval", "0.8", "0.2"], ["--interval", "0.5"]])
+def test_wrong_solver_options_are_one_line(options, tmp_path, capsys):
+    try:
+        code = main([PORTRAIT, "--drive", DRIVERS[0], "-o", str(tmp_path / "a.mp4"), *options, "--quiet"])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and len(error.splitlines()) == 1 and options[0][2:] in error and not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import fantasy_nb.train as train_module
 from fantasy_nb.core import data_samples
 from fantasy_nb.data import ClipConfig, SceneClips, collate
 from fantasy_nb.dit import DiTConfig
@@ -189,7 +190,7 @@ def test_cache_is_made_of_whole_shards_and_kept(tmp_path):
 
 
 def test_command_end_to_end(tmp_path, cache, capsys):
-    arguments = ["--run", str(tmp_path / "run"), "--cache", str(cache), "--clips", "0", "--steps", "2", "--batch", "1", "--threads", "1"]
+    arguments = ["--stage", "clips", "--run", str(tmp_path / "run"), "--cache", str(cache), "--clips", "0", "--steps", "2", "--batch", "1", "--threads", "1"]
     assert main([*arguments, "--out", str(tmp_path / "weights")]) == 0
     assert (Path(tmp_path) / "weights" / "dit" / "config.json").exists() and (tmp_path / "run" / "checkpoint.pt").exists()
     assert main(["--parts", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run2")]) == 2
@@ -290,6 +291,18 @@ def test_a_still_equals_a_window_whose_four_frames_agree():
 def test_stages_follow_one_another(tmp_path, capsys):
     first, second = tmp_path / "stills", tmp_path / "clips"
     assert main(["--stage", "stills", "--run", str(first), "--clips", "2", "--steps", "2", "--batch", "1"]) == 0
-    assert main(["--init", str(first / "weights"), "--run", str(second), "--clips", "2", "--steps", "2", "--batch", "1"]) == 0
+    assert main(["--stage", "clips", "--init", str(first / "weights"), "--run", str(second), "--clips", "2", "--steps", "2", "--batch", "1"]) == 0
     assert Animator.from_pretrained(second / "weights").dit.config.width == DiTConfig.tiny().width
-    assert main(["--init", str(tmp_path / "nowhere"), "--run", str(second), "--clips", "2"]) == 2 and "nowhere" in capsys.readouterr().err
+    assert main(["--stage", "clips", "--init", str(tmp_path / "nowhere"), "--run", str(second), "--clips", "2"]) == 2 and "nowhere" in capsys.readouterr().err
+
+
+def test_both_stages_in_one_command(tmp_path, capsys, monkeypatch):
+    short = {name: (clips, encode, 2, replace(config, steps=2, batch=1)) for name, (clips, encode, _, config) in train_module.STAGES.items()}
+    monkeypatch.setattr(train_module, "STAGES", short)
+    assert main(["--run", str(tmp_path), "--max-minutes", "0"]) == 0 and "stopped within the first stage" in capsys.readouterr().out
+    assert not (tmp_path / "clips").exists()
+    assert main(["--run", str(tmp_path), "--resume"]) == 0
+    assert "stills: 2 of 2 steps" in (said := capsys.readouterr().out) and "clips: 2 of 2 steps" in said
+    first, last = (Animator.from_pretrained(tmp_path / folder).state_dict() for folder in ("stills/weights", "weights"))
+    assert any(not torch.equal(a, b) for a, b in zip(first.values(), last.values()))
+    assert main(["--run", str(tmp_path), "--steps", "3"]) == 2 and "--steps" in capsys.readouterr().err
