@@ -11,10 +11,11 @@ import torch
 
 from fantasy_nb.animate import PortraitPipeline
 from fantasy_nb.core import data_samples, read_image
-from fantasy_nb.faces import Expression, Scene, render_scene
-from fantasy_nb.tracking import measure_expression, track_faces
+from fantasy_nb.expression import Features, fit_ruler
+from fantasy_nb.faces import Expression, Identity, Scene, render_crops, render_scene
+from fantasy_nb.tracking import align_crop, measure_expression, track_faces
 
-FACTORS = ("yaw", "pitch", "roll", "smile", "mouth_open", "blink", "gaze_x")
+FACTORS = {"yaw": "head", "pitch": "head", "roll": "head", "smile": "mouth", "mouth_open": "mouth", "blink": "eyes", "gaze_x": "eyes"}  # and the encoder's group that reads each
 
 
 def curves(name):
@@ -28,12 +29,33 @@ def r(a, b):
     return np.corrcoef(np.asarray(a)[:n], np.asarray(b)[:n])[0, 1]
 
 
-def measured(frames, people):
-    "MediaPipe's curves of everybody in a film."
+def tracked(frames, people):
+    "Everybody in a film."
     tracks = track_faces(frames, people)
     if len(tracks) != people:
         raise ValueError(f"want {people} faces in the film, the tracker found {len(tracks)}")
-    return [measure_expression(track) for track in tracks]
+    return tracks
+
+
+def measured(frames, people):
+    "MediaPipe's curves of everybody in a film."
+    return [measure_expression(track) for track in tracked(frames, people)]
+
+
+@torch.no_grad()
+def encoder_reader(encoder, config, count=1600, seed=2001):
+    "A function like `measured`: what straight lines, laid on drawn people, read off the encoder's features of a film's faces."
+    known = Expression.sample(count, seed)
+    crops = render_crops(Identity.sample(count, seed), known, config.crop)
+    features = Features.unpack(torch.cat([encoder(part).pack() for part in crops.split(100)]))
+    rulers = {name: fit_ruler(getattr(features, group), getattr(known, name)[:, None]) for name, group in FACTORS.items()}
+
+    @torch.no_grad()
+    def read(frames, people):
+        rows = [encoder(align_crop(frames, track, config.crop, config.keep_roll)) for track in tracked(frames, people)]
+        return [{name: rulers[name](getattr(row, group))[:, 0] for name, group in FACTORS.items()} for row in rows]
+
+    return read
 
 
 def true_film(people, seed, names, size):
@@ -49,22 +71,27 @@ def main():
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     args = parser.parse_args()
-    pipeline, rows = PortraitPipeline.from_pretrained(args.weights), {}
+    pipeline = PortraitPipeline.from_pretrained(args.weights)
+    readers = {"MediaPipe": measured, "encoder": encoder_reader(pipeline.encoder, pipeline.config)}
+    tables = {reader: {} for reader in readers}
     portrait, (people, seed) = read_image(data_samples("portrait_two.png")), (2, 9004)
     for pair in args.pairs:
         film = pipeline(portrait, [data_samples(f"driver_{k}.mp4") for k in pair], steps=args.steps, guidance=args.guidance, show=False)
-        seen, best = measured(film.frames, 2), measured(true_film(people, seed, pair, film.frames.shape[1:3]), 2)
+        truth = true_film(people, seed, pair, film.frames.shape[1:3])
+        for reader, read in readers.items():
+            seen, best = read(film.frames, 2), read(truth, 2)
+            for name in FACTORS:
+                for k in (0, 1):
+                    own, other = (curves(pair[j])[name] for j in (k, 1 - k))
+                    tables[reader][pair, name, k] = r(own, seen[k][name]), r(other, seen[k][name]), r(own, other), r(own, best[k][name])
+    for reader, rows in tables.items():
+        print(f"read by {reader}\n{'drivers, factor, person':28s}{'own':>8s}{'other':>8s}{'drivers':>9s}{'ceiling':>9s}")
+        for (pair, name, k), values in rows.items():
+            print(f"{pair:4s}{name:14s}person {k + 1:<3d}" + "".join(f"{v:8.2f} " for v in values))
         for name in FACTORS:
-            for k in (0, 1):
-                own, other = (curves(pair[j])[name] for j in (k, 1 - k))
-                rows[pair, name, k] = r(own, seen[k][name]), r(other, seen[k][name]), r(own, other), r(own, best[k][name])
-    print(f"{'drivers, factor, person':28s}{'own':>8s}{'other':>8s}{'drivers':>9s}{'ceiling':>9s}")
-    for (pair, name, k), values in rows.items():
-        print(f"{pair:4s}{name:14s}person {k + 1:<3d}" + "".join(f"{v:8.2f} " for v in values))
-    for name in FACTORS:
-        mean = np.mean([v for (_, n, _), v in rows.items() if n == name], 0)
-        worst = max(abs(v[1] - v[2]) for (_, n, _), v in rows.items() if n == name)
-        print(f"mean {name:12s} own {mean[0]:.2f}, ceiling {mean[3]:.2f}; largest |other - drivers' own| {worst:.2f}")
+            mean = np.mean([v for (_, n, _), v in rows.items() if n == name], 0)
+            worst = max(abs(v[1] - v[2]) for (_, n, _), v in rows.items() if n == name)
+            print(f"mean {name:12s} own {mean[0]:.2f}, ceiling {mean[3]:.2f}; largest |other - drivers' own| {worst:.2f}")
 
 
 if __name__ == "__main__":
