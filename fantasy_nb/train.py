@@ -459,9 +459,9 @@ def append_log(path: Path, rows: list[tuple]) -> None:
         writer.writerows(([("step", "loss", "gradient_norm", "seconds")] if new else []) + rows)
 
 # %% ../nbs/10_train.ipynb #cell-047
-STAGES = {  # first what a face looks like in any pose, then how it moves: the pictures to learn from, how they are encoded, how many, how to train
-    "stills": (ClipConfig(frames=5, stills=True), encode_stills, 3450, TrainConfig(steps=8500, pure_noise=0.8)),
-    "clips": (ClipConfig(), encode_clip, 1500, TrainConfig(steps=2900, lr=1e-3, pure_noise=0.8)),
+STAGES = {  # pictures to learn from, how they are encoded, how many, how to train
+    "stills": (ClipConfig(frames=5, stills=True), encode_stills, 3450, TrainConfig(steps=16500, pure_noise=0.8)),
+    "clips": (ClipConfig(), encode_clip, 1500, TrainConfig(steps=4000, lr=1e-3, pure_noise=0.8)),
 }
 
 # %% ../nbs/10_train.ipynb #cell-050

@@ -64,6 +64,40 @@ def true_film(people, seed, names, size):
     return render_scene(Scene.sample(people, seed), motions, size)[0]
 
 
+def mouths(frames, box):
+    "A little blurred, what lies in the lower half of a face box, one row a frame."
+    import cv2
+
+    x0, y0, x1, y1 = box
+    w, h = x1 - x0, y1 - y0
+    patch = frames[:, int(y0 + 0.5 * h) : int(y1 + 0.05 * h), int(x0 + 0.1 * w) : int(x1 - 0.1 * w)].astype(np.float32) / 255
+    return torch.from_numpy(np.stack([cv2.GaussianBlur(x, (0, 0), 1.0) for x in patch])).flatten(1)
+
+
+def mouth_ruler(drawn, opening, box):
+    "From true drawings (n h w 3) of a person to a function: frames -> mouth_open."
+    x = mouths(drawn, box)
+    mean = x.mean(0)
+    axes = torch.pca_lowrank(x - mean, 80, center=False)[2]
+
+    def codes(frames):
+        z = (mouths(frames, box) - mean) @ axes
+        return torch.cat([z, (z[:, :12, None] * z[:, None, :12]).flatten(1)], 1)
+
+    ruler = fit_ruler(codes(drawn), opening[:, None])
+    return lambda frames: ruler(codes(frames))[:, 0]
+
+
+def pixel_reader(people, seed, size, count=1200):
+    "A function like `measured` that reads mouths only, by lines laid on pixels of true drawings of these people."
+    motions = [Expression.sample(count, 5 + k) for k in range(people)]
+    motions = [m.replace(yaw=0.4 * m.yaw, pitch=0.3 * m.pitch, roll=0.3 * m.roll) for m in motions]
+    drawn, boxes, _ = render_scene(Scene.sample(people, seed), motions, size)
+    drawn = (drawn.permute(0, 2, 3, 1) * 255).byte().numpy()
+    rulers = [mouth_ruler(drawn, m.mouth_open, box) for m, box in zip(motions, boxes.mean(0).tolist())]
+    return lambda frames, people: [{"mouth_open": ruler(frames)} for ruler in rulers]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="tiny")
@@ -73,22 +107,24 @@ def main():
     args = parser.parse_args()
     pipeline = PortraitPipeline.from_pretrained(args.weights)
     readers = {"MediaPipe": measured, "encoder": encoder_reader(pipeline.encoder, pipeline.config)}
-    tables = {reader: {} for reader in readers}
+    tables = {reader: {} for reader in [*readers, "pixels"]}
     portrait, (people, seed) = read_image(data_samples("portrait_two.png")), (2, 9004)
     for pair in args.pairs:
         film = pipeline(portrait, [data_samples(f"driver_{k}.mp4") for k in pair], steps=args.steps, guidance=args.guidance, show=False)
-        truth = true_film(people, seed, pair, film.frames.shape[1:3])
+        truth = (true_film(people, seed, pair, film.frames.shape[1:3]).permute(0, 2, 3, 1) * 255).byte().numpy()
+        if "pixels" not in readers:
+            readers["pixels"] = pixel_reader(people, seed, film.frames.shape[1:3])
         for reader, read in readers.items():
             seen, best = read(film.frames, 2), read(truth, 2)
-            for name in FACTORS:
+            for name in seen[0].keys() & FACTORS.keys():
                 for k in (0, 1):
                     own, other = (curves(pair[j])[name] for j in (k, 1 - k))
                     tables[reader][pair, name, k] = r(own, seen[k][name]), r(other, seen[k][name]), r(own, other), r(own, best[k][name])
     for reader, rows in tables.items():
         print(f"read by {reader}\n{'drivers, factor, person':28s}{'own':>8s}{'other':>8s}{'drivers':>9s}{'ceiling':>9s}")
-        for (pair, name, k), values in rows.items():
+        for (pair, name, k), values in sorted(rows.items()):
             print(f"{pair:4s}{name:14s}person {k + 1:<3d}" + "".join(f"{v:8.2f} " for v in values))
-        for name in FACTORS:
+        for name in [n for n in FACTORS if any(n == row[1] for row in rows)]:
             mean = np.mean([v for (_, n, _), v in rows.items() if n == name], 0)
             worst = max(abs(v[1] - v[2]) for (_, n, _), v in rows.items() if n == name)
             print(f"mean {name:12s} own {mean[0]:.2f}, ceiling {mean[3]:.2f}; largest |other - drivers' own| {worst:.2f}")
