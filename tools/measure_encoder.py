@@ -105,9 +105,9 @@ def per_group(packed):
 def real_films(encoder, folder, rulers):
     "Rulers laid on drawn people, read on real ones; r with MediaPipe's measure."
     for name, people in (("biden.mp4", 1), ("two_person.mp4", 2)):
-        film = read_video(folder / name)
-        for k, track in enumerate(track_faces(film.frames, people)):
-            features = Features.unpack(in_batches(lambda c: encoder(c).pack(), align_crop(film.frames, track, 64, keep_roll=True)))
+        frames, _ = read_video(folder / name)
+        for k, track in enumerate(track_faces(frames, people)):
+            features = Features.unpack(in_batches(lambda c: encoder(c).pack(), align_crop(frames, track, 64, keep_roll=True)))
             seen, row = measure_expression(track), []
             for factor, (group, ruler) in rulers.items():
                 row.append(f"{factor} {np.corrcoef(ruler(getattr(features, group))[:, 0], np.asarray(seen[factor]))[0, 1]:.2f}")
