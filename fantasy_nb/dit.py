@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['RELEASED', 'WEIGHTS', 'INDEX', 'DiTConfig', 'Patchify', 'rope_3d', 'apply_rope', 'attend', 'RMSNorm', 'LayerNorm',
            'SelfAttention', 'Memory', 'CrossAttention', 'time_features', 'Modulation', 'Block', 'Head', 'init_weights',
-           'pad_text', 'check_latents', 'released_name', 'save_model', 'weight_files', 'read_model', 'StoredDiT', 'DiT',
-           'diffusers_class', 'as_diffusers']
+           'pad_text', 'fill_text', 'weight_of_fill', 'check_latents', 'released_name', 'save_model', 'weight_files',
+           'read_model', 'StoredDiT', 'ListeningDiT', 'DiT', 'diffusers_class', 'as_diffusers']
 
 # %% ../nbs/06_dit.ipynb #cell-003
 import inspect
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -165,7 +166,7 @@ class Memory(nn.Module):
         return split(self.norm_key(self.key(tokens))), split(self.value(tokens))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, guard=None) -> Tensor:  # (b n k d) -> (b n k d)
-        return attend(query, key, value)
+        return attend(query, key, value, guard)
 
 # %% ../nbs/06_dit.ipynb #cell-037
 class CrossAttention(nn.Module):
@@ -295,6 +296,22 @@ def pad_text(text: Tensor, places: int) -> Tensor:  # (b n d) -> (b places d)
     return F.pad(text, (0, 0, 0, places - text.shape[1]))
 
 
+def fill_text(text: Tensor, places: int) -> Tensor:  # (b n d) -> (b min(n+1, places) d)
+    "One place of zeros that stands for all that `pad_text` would add. Raises ValueError for a text that is too long."
+    return pad_text(text, places)[:, : text.shape[1] + 1]
+
+
+def weight_of_fill(
+    key: Tensor,  # (b n k d) of a text whose last place may stand for many
+    places: int,  # of the text when it is filled up
+) -> Tensor | None:  # (1 1 1 n) to add to the logits; None where nothing is missing
+    "The last key weighs as much as all the places that are not there."
+    missing = places - key.shape[1]
+    if missing == 0:
+        return None
+    return F.pad(key.new_tensor([math.log(missing + 1)]), (key.shape[1] - 1, 0)).view(1, 1, 1, -1)
+
+
 def check_latents(x: Tensor, t: Tensor, config: DiTConfig) -> tuple[int, int, int]:
     "The grid of tokens (t, h, w). Raises ValueError where the latents or the times do not fit."
     if x.ndim != 5 or x.shape[1] != config.in_channels:
@@ -404,34 +421,17 @@ class StoredDiT(nn.Module):
         return dit.to(dtype=dtype).eval()
 
 # %% ../nbs/06_dit.ipynb #cell-058
-class DiT(StoredDiT):
-    "Diffusion transformer for video latents: predicts velocity (Wan) or clean latents (models trained here)."
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.config, self.gradient_checkpointing, width = config, False, config.width
-        mlp = lambda inner, act: nn.Sequential(nn.Linear(inner, width), act, nn.Linear(width, width))
-        self.patchify = Patchify(config.in_channels, width, config.patch)
-        self.time_embedding = mlp(config.frequencies, nn.SiLU())
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        if config.text_width:
-            self.text_embedding = mlp(config.text_width, nn.GELU("tanh"))
-        if config.image_width:
-            d = config.image_width
-            self.image_embedding = nn.Sequential(LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, width), LayerNorm(width))
-        names = tuple(name for name in ("text", "image") if getattr(config, name + "_width"))
-        self.blocks = nn.ModuleList(Block(config, names) for _ in range(config.layers))
-        self.head = Head(config)
-        init_weights(self)
+class ListeningDiT(StoredDiT):
+    "How a DiT hears its memories: text, image, expression."
 
     @property
     def memory_names(self) -> tuple[str, ...]:
         return tuple(self.blocks[0].cross_attention.memories)
 
-    def embed(self, name: str, tokens: Tensor) -> Tensor:  # "text", (b n d) -> (b 512 width)
+    def embed(self, name: str, tokens: Tensor) -> Tensor:  # "text", (b n d) -> (b min(n+1, 512) width)
         "What a memory's keys and values are made from."
-        if name == "text":
-            return self.text_embedding(pad_text(tokens, self.config.text_tokens))  # zeros go in before the embedding, as in Wan
+        if name == "text":  # zeros go in before the embedding, as in Wan; one place of them stands for all
+            return self.text_embedding(fill_text(tokens, self.config.text_tokens))
         return self.image_embedding(tokens) if name == "image" else tokens
 
     def prepare(
@@ -453,11 +453,35 @@ class DiT(StoredDiT):
         ]
 
     def guards(self, memories: list[dict], mask: Tensor | None, scale: float | Tensor, shape: tuple[int, int, int]) -> dict:
-        "What the expression memory wants beside its keys: who may attend, how strongly. Made once, used by every block."
-        if "expression" not in memories[0]:
-            return {}
-        memory, (key, _) = self.blocks[0].cross_attention.memories["expression"], memories[0]["expression"]
-        return {"expression": memory.guard(key, mask, scale, shape)}
+        "What memories want beside their keys: how much the filled places of a text weigh; who may attend to expressions, how strongly. Made once, used by every block."
+        guards = {}
+        if "text" in memories[0]:
+            guards["text"] = weight_of_fill(memories[0]["text"][0], self.config.text_tokens)
+        if "expression" in memories[0]:
+            memory, (key, _) = self.blocks[0].cross_attention.memories["expression"], memories[0]["expression"]
+            guards["expression"] = memory.guard(key, mask, scale, shape)
+        return guards
+
+# %% ../nbs/06_dit.ipynb #cell-060
+class DiT(ListeningDiT):
+    "Diffusion transformer for video latents: predicts velocity (Wan) or clean latents (models trained here)."
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config, self.gradient_checkpointing, width = config, False, config.width
+        mlp = lambda inner, act: nn.Sequential(nn.Linear(inner, width), act, nn.Linear(width, width))
+        self.patchify = Patchify(config.in_channels, width, config.patch)
+        self.time_embedding = mlp(config.frequencies, nn.SiLU())
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        if config.text_width:
+            self.text_embedding = mlp(config.text_width, nn.GELU("tanh"))
+        if config.image_width:
+            d = config.image_width
+            self.image_embedding = nn.Sequential(LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, width), LayerNorm(width))
+        names = tuple(name for name in ("text", "image") if getattr(config, name + "_width"))
+        self.blocks = nn.ModuleList(Block(config, names) for _ in range(config.layers))
+        self.head = Head(config)
+        init_weights(self)
 
     def forward(
         self,
@@ -488,7 +512,7 @@ class DiT(StoredDiT):
             tokens = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
         return self.head(tokens, embedded.float(), grid)
 
-# %% ../nbs/06_dit.ipynb #cell-069
+# %% ../nbs/06_dit.ipynb #cell-071
 @cache
 def diffusers_class(add_expression: Callable | None = None) -> type[DiT]:  # chapter 07's, for models with an expression memory
     "DiT as a ModelMixin and ConfigMixin: shards, offloading and layerwise casting are diffusers' own. Imports diffusers."
@@ -522,7 +546,7 @@ def diffusers_class(add_expression: Callable | None = None) -> type[DiT]:  # cha
 
     return DiffusersDiT
 
-# %% ../nbs/06_dit.ipynb #cell-070
+# %% ../nbs/06_dit.ipynb #cell-072
 def as_diffusers(dit: DiT) -> DiT:  # also a diffusers.ModelMixin
     "The same model in diffusers' hands: both hold the same blocks, so what is done to one is done to the other. Imports diffusers."
     with torch.device("meta"):

@@ -359,8 +359,8 @@ def normal(like: Tensor, g: torch.Generator, *shape) -> Tensor:  # (n *shape) no
 
 
 def shake_crop(x: Tensor, g: torch.Generator, a: float) -> Tensor:
-    "A landmark finder is a little off: shift 4 %, scale 6 %, turn 1 degree (standard deviations)."
-    scale, turn, shift = 1 + 0.06 * a * normal(x, g).clamp(-2, 2), 0.02 * a * normal(x, g), 0.04 * a * normal(x, g, 2).clamp(-2, 2)
+    "A landmark finder is a little off: shift 1.5 %, scale 4 %, turn 1 degree (standard deviations)."
+    scale, turn, shift = 1 + 0.04 * a * normal(x, g).clamp(-2, 2), 0.02 * a * normal(x, g), 0.015 * a * normal(x, g, 2).clamp(-2, 2)
     c, s = scale * turn.cos(), scale * turn.sin()
     matrix = torch.stack([c, -s, shift[:, 0], s, c, shift[:, 1]], 1).view(-1, 2, 3)
     return F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), padding_mode="border", align_corners=False)
@@ -408,7 +408,7 @@ def augment(
 DIRECTIONS = {"head": 16, "eyes": 14, "emotion": 14, "mouth": 14}  # lessons of each group; features are chosen among them afterwards
 AGREED = 0.2  # a direction becomes a feature if pictures that share a value agree on it at least so far
 ROUGHLY = 0.1  # how far such pictures differ when features are chosen, in shares of a factor's range
-ROUNDS = (0.067, 0.134, 0.234, 0.367, 0.534, 0.734)  # shares of the steps after which the targets are made anew
+ROUNDS = (0.035, 0.075, 0.13, 0.2, 0.3, 0.42, 0.55, 0.7, 0.82)  # shares of the steps after which the targets are made anew
 
 
 def last_layer(encoder: ExpressionEncoder, group: str) -> nn.Linear:
@@ -484,12 +484,12 @@ def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> No
 # %% ../nbs/03_expression.ipynb #cell-053
 def train_encoder(
     config: ExpressionConfig,
-    steps: int = 1900,
+    steps: int = 3600,
     seed: int = 0,
     bank: Bank | None = None,  # of `render_bank`; 500 blocks are drawn here if not given
     rough: Bank | None = None,  # the same with `jitter=ROUGHLY`, to choose features with; 120 blocks if not given
     batch: int = 96,  # pictures a step
-    pool: int = 100,  # blocks whose targets are made in a round
+    pool: int = 200,  # blocks whose targets are made in a round
     rounds: tuple = ROUNDS,
     strength: float = 0.5,  # of the augmentation, reached after half of the steps
     learning_rate: float = 2e-3,

@@ -80,16 +80,18 @@ def flow_loss(
     t: Tensor | None = None,        # (b,) times; drawn evenly when None
     noise: Tensor | None = None,    # (b ...); drawn when None
     prediction: str = "velocity",   # or "clean": what the model answers, and where the error is taken
-    weight: Tensor | None = None,   # broadcasts to x0, >= 0: where errors count (face boxes, say)
+    weight: Tensor | None = None,   # broadcasts to the errors, >= 0: where they count (face boxes, say)
     shift: float = 1.0,             # of the times drawn here
     generator: torch.Generator | None = None,
+    measure: Callable | None = None, # (answer, target) -> errors (b ...); None: squared differences
 ) -> FlowLoss:
-    "Mean squared error of the model's answer at a random time (float32, whatever the model runs in)."
+    "Mean squared error (or another) of the model's answer at a random time (float32, whatever the model runs in)."
     b = len(x0)
     if t is None: t = uniform_times(b, shift, generator, x0.device)
     if noise is None: noise = _draw(torch.randn, x0.shape, generator, x0.device).to(x0.dtype)
     answer = model(flow_pair(x0, t, noise).x_t, t)
-    error = (answer.float() - flow_target(x0, noise, prediction).float()) ** 2
+    target = flow_target(x0, noise, prediction).float()
+    error = (answer.float() - target) ** 2 if measure is None else measure(answer.float(), target)
     if weight is None: per_sample = error.flatten(1).mean(1)
     else:
         w = weight.to(error).expand_as(error).flatten(1)

@@ -50,7 +50,7 @@ class TokenConfig:
         "4 linear tokens and the learnable ones: 24 as released."
         return len(FEATURE_WIDTHS) + sum(count for name, count in self.queries if name in self.learnable)
 
-# %% ../nbs/04_tokens.ipynb #cell-017
+# %% ../nbs/04_tokens.ipynb #cell-020
 class QueryAttention(nn.Module):
     "Queries look at the input and at each other: the keys are [input; queries]."
 
@@ -69,7 +69,7 @@ class QueryAttention(nn.Module):
         q, k, v = (rearrange(z, "b n (k d) -> b k n d", k=self.heads) for z in (q, k, v))
         return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b k n d -> b n (k d)"))
 
-# %% ../nbs/04_tokens.ipynb #cell-018
+# %% ../nbs/04_tokens.ipynb #cell-021
 class PerceiverResampler(nn.Module):
     "A few learnable queries read a short sequence and become tokens of another width."
 
@@ -91,7 +91,7 @@ class PerceiverResampler(nn.Module):
             queries = queries + feed_forward(queries)
         return self.norm_out(self.proj_out(queries))
 
-# %% ../nbs/04_tokens.ipynb #cell-023
+# %% ../nbs/04_tokens.ipynb #cell-026
 def strengthen(
     features: Features,  # (b f ...) or (f ...)
     mouth: float = 1.0,  # strength of the group: 0 = at rest, 1 = as performed, above 1 = exaggerated
@@ -107,7 +107,7 @@ def strengthen(
         scaled[name] = x if strength == 1 else still + strength * (x - still)
     return Features(**scaled)
 
-# %% ../nbs/04_tokens.ipynb #cell-024
+# %% ../nbs/04_tokens.ipynb #cell-027
 class ExpressionTokens(nn.Module):
     "Features of a frame -> its expression tokens: 4 linear, then 16 mouth and 4 emotion (PAPER 3, Eq. 2)."
 
@@ -150,7 +150,7 @@ def frame_place(frames: int, device=None) -> Tensor:  # (f,) 0 for frame 0, then
     f = torch.arange(frames, device=device)
     return torch.where(f == 0, f, 1 + (f - 1) % 4)
 
-# %% ../nbs/04_tokens.ipynb #cell-030
+# %% ../nbs/04_tokens.ipynb #cell-033
 TOKEN_RENAMES = {
     "linear.head": "proj_model.headpose_proj",
     "linear.eyes": "proj_model.eye_proj",
@@ -170,7 +170,7 @@ def released_token_name(name: str) -> str:
         name = name.replace(ours, theirs)
     return name
 
-# %% ../nbs/04_tokens.ipynb #cell-033
+# %% ../nbs/04_tokens.ipynb #cell-036
 def window_index(
     frames: int,  # f = 4n+1
     tokens: int = 24,  # e, a frame's tokens
@@ -188,7 +188,7 @@ def window_index(
     later = torch.arange(1, frames, 4)[:, None] * tokens - stray + torch.arange(4 * tokens + stray)
     return torch.cat([first[None], later])
 
-# %% ../nbs/04_tokens.ipynb #cell-034
+# %% ../nbs/04_tokens.ipynb #cell-037
 def window_tokens(
     tokens: Tensor,  # (b f e d), f = 4n+1
     compat: str | None = None,

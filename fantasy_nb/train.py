@@ -6,9 +6,9 @@
 __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'STAGES', 'image_condition', 'Animator', 'paint_boxes',
            'place_weight', 'loss_weight', 'channel_weights', 'owners_from_portrait', 'write_whole', 'as_stored',
            'encode_clip', 'encode_stills', 'pick_moments', 'mirrored', 'encode_clips', 'LatentClips', 'TrainConfig',
-           'step_generator', 'animator_loss', 'EMA', 'save_checkpoint', 'load_checkpoint', 'place_in_group',
-           'average_gradients', 'held_out_loss', 'train', 'append_log', 'build_parser', 'main', 'run_stage',
-           'run_training']
+           'step_generator', 'pixel_decoder', 'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA',
+           'save_checkpoint', 'load_checkpoint', 'place_in_group', 'average_gradients', 'held_out_loss', 'train',
+           'append_log', 'build_parser', 'main', 'run_stage', 'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-004
 import argparse
@@ -313,6 +313,7 @@ class TrainConfig:
     drop_expression: float = 0.1
     pure_noise: float = 0.5  # share of the samples at t = 1, where only portrait and expression can help
     prediction: str = "clean"
+    loss: str = "latents"  # squared errors of latents, weighted as pixels; or "pixels": absolute errors of the decoded picture
     shift: float = 5.0
     ema: float = 0.998
     seed: int = 0
@@ -327,9 +328,31 @@ def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     "All randomness of one step (in one process) comes from here."
     return torch.Generator().manual_seed(seed * 10_000_019 + step + rank * 1_000_000_007)
 
-# %% ../nbs/10_train.ipynb #cell-030
-def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainConfig, g: torch.Generator):
-    "Flow-matching loss of one batch (chapter 08's `flow_loss`), weighted by `batch['weight']`."
+# %% ../nbs/10_train.ipynb #cell-033
+def pixel_decoder(vae: VideoVAE):  # latents (b c t h w) -> video (b 3 f 8h 8w)
+    "The quickest way to pixels that gradients can take: the linear code where the VAE has one, else all of its decoder."
+    vae.requires_grad_(False)
+
+    def decode(latents: Tensor) -> Tensor:
+        raw = latents * vae.latents_std + vae.latents_mean
+        return vae.reconstruct(raw) if vae.code is None else vae.code.decode(raw)
+
+    return decode
+
+
+def absolute_errors(decode):  # for `flow_loss`
+    "(answer, target) latents -> absolute errors of their pixels, smooth below .01."
+    return lambda answer, target: ((decode(answer) - decode(target)).square() + 1e-4).sqrt()
+
+
+def weight_of_pixels(weight: Tensor) -> Tensor:  # (b 1 t h w) -> (b 1 4(t-1)+1 8h 8w)
+    "A latent's weight for every pixel it holds."
+    weight = weight.repeat_interleave(8, -1).repeat_interleave(8, -2)
+    return torch.cat([weight[:, :, :1], weight[:, :, 1:].repeat_interleave(4, 2)], 2)
+
+# %% ../nbs/10_train.ipynb #cell-034
+def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainConfig, g: torch.Generator, decode=None):
+    "Flow-matching loss of one batch (chapter 08's `flow_loss`), weighted by `batch['weight']`; `decode` (of `pixel_decoder`) for `loss=\"pixels\"`."
     stills = batch["features"].shape[2] == batch["latents"].shape[2]
     batch = pick_moments(batch, g) if stills else batch | {"portrait": batch["latents"][:, :, :1]}
     latents, b = batch["latents"], len(batch["latents"])
@@ -341,9 +364,11 @@ def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainCon
         return animator(x_t, t, batch["portrait"], batch["features"], batch["owners"], scale, stills)
 
     noise = torch.randn(latents.shape, generator=g).to(latents.device)
-    return flow_loss(model, latents, t, noise, config.prediction, batch["weight"])
+    if config.loss == "latents":
+        return flow_loss(model, latents, t, noise, config.prediction, batch["weight"])
+    return flow_loss(model, latents, t, noise, "clean", weight_of_pixels(batch["weight"]), measure=absolute_errors(decode))
 
-# %% ../nbs/10_train.ipynb #cell-033
+# %% ../nbs/10_train.ipynb #cell-037
 class EMA:
     "A moving average of the weights: smoother than the weights themselves, and what is shipped."
 
@@ -357,14 +382,14 @@ class EMA:
         state, self.steps = model.state_dict(), step + 1
         torch._foreach_lerp_([self.shadow[name] for name in state], list(state.values()), 1 - decay)
 
-# %% ../nbs/10_train.ipynb #cell-034
+# %% ../nbs/10_train.ipynb #cell-038
 def save_checkpoint(path: Path, step: int, animator: Animator, optimizer, ema: EMA, config: TrainConfig) -> None:
     "Atomic: the old checkpoint stays until the new one is whole."
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"step": step, "model": animator.state_dict(), "ema": ema.shadow, "optimizer": optimizer.state_dict(), "config": asdict(config)}
     write_whole(path, lambda part: torch.save(state, part))
 
-# %% ../nbs/10_train.ipynb #cell-035
+# %% ../nbs/10_train.ipynb #cell-039
 def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config: TrainConfig) -> int:  # the next step
     "Restore a run in place (weights_only: no code in the file can run). Raises ValueError where the config is another."
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -376,7 +401,7 @@ def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config:
     ema.steps, ema.shadow = state["step"], {k: v.clone() for k, v in state["ema"].items()}
     return state["step"]
 
-# %% ../nbs/10_train.ipynb #cell-036
+# %% ../nbs/10_train.ipynb #cell-040
 def place_in_group() -> tuple[int, int]:  # rank, processes
     "Which of how many processes this one is; (0, 1) when it is alone."
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -391,18 +416,18 @@ def average_gradients(model: nn.Module, late: bool) -> bool:
         g.copy_(mean.view_as(g))
     return flat[-1].item() > 0
 
-# %% ../nbs/10_train.ipynb #cell-037
+# %% ../nbs/10_train.ipynb #cell-041
 @torch.no_grad()
-def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], config: TrainConfig) -> float:
+def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], config: TrainConfig, decode=None) -> float:
     "Mean loss of some clips at fixed times and noise, one clip at a time."
     losses = []
     for index in indices:
         g = torch.Generator().manual_seed(index)
         batch = {k: v.to(next(animator.parameters()).device) for k, v in clips.stack([index]).items()}
-        losses.append(animator_loss(animator, batch, replace(config, drop_expression=0.0), g).loss.item())
+        losses.append(animator_loss(animator, batch, replace(config, drop_expression=0.0), g, decode).loss.item())
     return sum(losses) / len(losses)
 
-# %% ../nbs/10_train.ipynb #cell-038
+# %% ../nbs/10_train.ipynb #cell-042
 def train(
     animator: Animator,
     clips: LatentClips,
@@ -411,13 +436,16 @@ def train(
     resume: bool = False,
     max_minutes: float = math.inf,  # stop (with a checkpoint) after so long
     save_every: int = 250,
-    channels: Tensor | None = None,  # (c 1 1 1) weight of each latent channel
+    channels: Tensor | None = None,  # (c 1 1 1) weight of each latent channel, for loss="latents"
+    decode=None,  # of `pixel_decoder`, for loss="pixels"
     show: bool = True,
 ) -> EMA:
     "Train in place; returns the averaged weights. Raises FloatingPointError, naming the step, when the loss is not a number."
     device, start, began, (rank, world) = next(animator.parameters()).device, 0, time.monotonic(), place_in_group()
     if config.batch % world:
         raise ValueError(f"want a batch that {world} processes can share, got {config.batch}")
+    if config.loss not in ("latents", "pixels") or (config.loss == "pixels" and (decode is None or config.prediction != "clean")):
+        raise ValueError(f'want loss="latents", or loss="pixels" with prediction="clean" and a decoder, got {config.loss!r}, {config.prediction!r}, decode={decode}')
     optimizer = torch.optim.AdamW(animator.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
     ema, checkpoint = EMA(animator, config.ema), folder and Path(folder) / "checkpoint.pt"
     if resume and checkpoint and checkpoint.exists():
@@ -427,10 +455,10 @@ def train(
     for step in bar:
         batch = clips.batch(config.batch, step_generator(config.seed, step))  # the same in all processes; each takes its share
         batch = {k: v[rank::world].to(device) for k, v in batch.items()}
-        if channels is not None:
+        if channels is not None and config.loss == "latents":
             batch["weight"] = batch["weight"] * channels.to(device)
         optimizer.param_groups[0]["lr"] = config.rate(step)
-        out = animator_loss(animator, batch, config, step_generator(config.seed, step, rank + 1))
+        out = animator_loss(animator, batch, config, step_generator(config.seed, step, rank + 1), decode)
         if not torch.isfinite(out.loss):
             raise FloatingPointError(f"the loss of step {step} is {out.loss.item()}; the last checkpoint is {checkpoint}")
         optimizer.zero_grad()
@@ -450,7 +478,7 @@ def train(
             break
     return ema
 
-# %% ../nbs/10_train.ipynb #cell-039
+# %% ../nbs/10_train.ipynb #cell-043
 def append_log(path: Path, rows: list[tuple]) -> None:
     "Rows of step, loss, gradient norm, seconds at the end of a CSV file."
     new = not path.exists()
@@ -458,13 +486,13 @@ def append_log(path: Path, rows: list[tuple]) -> None:
         writer = csv.writer(handle)
         writer.writerows(([("step", "loss", "gradient_norm", "seconds")] if new else []) + rows)
 
-# %% ../nbs/10_train.ipynb #cell-047
+# %% ../nbs/10_train.ipynb #cell-051
 STAGES = {  # pictures to learn from, how they are encoded, how many, how to train
     "stills": (ClipConfig(frames=5, stills=True), encode_stills, 3450, TrainConfig(steps=16500, pure_noise=0.8)),
-    "clips": (ClipConfig(), encode_clip, 1500, TrainConfig(steps=4000, lr=1e-3, pure_noise=0.8)),
+    "clips": (ClipConfig(), encode_clip, 1500, TrainConfig(steps=4000, lr=1e-3, pure_noise=0.8, loss="pixels")),
 }
 
-# %% ../nbs/10_train.ipynb #cell-050
+# %% ../nbs/10_train.ipynb #cell-054
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = OneLineParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic clips; VAE and encoder weights must exist.")
@@ -485,7 +513,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="write the averaged weights here (dit/ and tokens/), beside the parts they need")
     return parser
 
-# %% ../nbs/10_train.ipynb #cell-051
+# %% ../nbs/10_train.ipynb #cell-055
 def main(arguments=None) -> int:
     "`fantasy-train`: encode clips, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -497,7 +525,7 @@ def main(arguments=None) -> int:
         print(f"fantasy-train: {error}", file=sys.stderr)
         return 2
 
-# %% ../nbs/10_train.ipynb #cell-052
+# %% ../nbs/10_train.ipynb #cell-056
 def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None, out: Path) -> bool:  # was it trained to its last step?
     "One stage of `STAGES`: fill its cache, train, write the averaged weights into `out`."
     settings = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr), ("seed", args.seed)) if v is not None}
@@ -511,7 +539,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
         dist.barrier()
     torch.manual_seed(config.seed)
     animator = (Animator.from_pretrained(init, device) if init else Animator.tiny().to(device)).train()
-    ema = train(animator, LatentClips(cache), config, run, args.resume, args.max_minutes, channels=channel_weights(vae))
+    ema = train(animator, LatentClips(cache), config, run, args.resume, args.max_minutes, channels=channel_weights(vae), decode=pixel_decoder(vae))
     if place_in_group()[0] == 0:
         animator.load_state_dict(ema.shadow)
         animator.save_pretrained(out, torch.float16)

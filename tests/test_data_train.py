@@ -17,7 +17,7 @@ from fantasy_nb.dit import DiTConfig
 from fantasy_nb.expression import ExpressionEncoder
 from fantasy_nb.tokens import TokenConfig
 from fantasy_nb.train import (Animator, LatentClips, TrainConfig, animator_loss, channel_weights, encode_clips, encode_stills, held_out_loss, image_condition, load_checkpoint,
-                              loss_weight, main, mirrored, owners_from_portrait, pick_moments, step_generator, train)
+                              loss_weight, main, mirrored, owners_from_portrait, pick_moments, pixel_decoder, step_generator, train, weight_of_pixels)
 from fantasy_nb.vae import VideoVAE
 
 SMALL = TrainConfig(steps=6, batch=2, warmup=2)
@@ -187,6 +187,39 @@ def test_cache_is_made_of_whole_shards_and_kept(tmp_path):
     assert torch.isfinite(out.loss)
     with pytest.raises(FileNotFoundError, match="fill it first"):
         LatentClips(tmp_path / "nothing")
+
+
+def test_pixel_loss_is_the_weighted_mean_of_absolute_errors_of_pixels(cache):
+    vae, batch = VideoVAE.from_pretrained(data_samples("weights", "tiny", "vae")), LatentClips(cache).stack([1])
+    batch["weight"] = 1 + torch.rand(1, 1, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    decode, animator = pixel_decoder(vae), small_animator()
+    for p in animator.dit.head.parameters():
+        torch.nn.init.zeros_(p)  # the network adds nothing: its answer is the portrait, held
+    config = replace(SMALL, loss="pixels", drop_expression=0.0)
+    out = animator_loss(animator, batch, config, step_generator(0, 0), decode)
+    video = lambda z: vae.code.decode(z * vae.latents_std + vae.latents_mean)
+    error = (video(batch["latents"][:, :, :1].expand(-1, -1, 4, -1, -1)) - video(batch["latents"])).abs()
+    weight = torch.nn.functional.interpolate(batch["weight"][0], scale_factor=8.0)[None]
+    weight = torch.cat([weight[:, :, :1], weight[:, :, 1:].repeat_interleave(4, 2)], 2)
+    assert torch.equal(weight, weight_of_pixels(batch["weight"])) and weight.shape[2:] == video(batch["latents"]).shape[2:]
+    assert out.loss.item() == pytest.approx(((error * weight).sum() / weight.expand_as(error).sum()).item(), rel=0.01)
+    out.loss.backward()
+    assert any(p.grad.abs().sum() > 0 for p in animator.dit.head.parameters()) and not any(p.requires_grad for p in vae.parameters())
+    with pytest.raises(ValueError, match='loss="pixels"'):
+        train(animator, LatentClips(cache), config, show=False)  # no decoder
+    with pytest.raises(ValueError, match="got 'sharp'"):
+        train(animator, LatentClips(cache), replace(SMALL, loss="sharp"), show=False)
+
+
+def test_pixel_training_resumes_exactly(cache, tmp_path):
+    decode = pixel_decoder(VideoVAE.from_pretrained(data_samples("weights", "tiny", "vae")))
+    config, whole, broken = replace(SMALL, loss="pixels"), small_animator(), small_animator()
+    train(whole, LatentClips(cache), config, decode=decode, show=False)
+    train(broken, LatentClips(cache), config, tmp_path, max_minutes=0, save_every=1, decode=decode, show=False)
+    resumed = small_animator(7)
+    train(resumed, LatentClips(cache), config, tmp_path, resume=True, decode=decode, show=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+    assert not all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), small_animator().state_dict().values()))
 
 
 def test_command_end_to_end(tmp_path, cache, capsys):

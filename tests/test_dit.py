@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fantasy_nb.dit import DiT, DiTConfig, apply_rope, as_diffusers, diffusers_class, rope_3d
+from fantasy_nb.dit import DiT, DiTConfig, apply_rope, as_diffusers, attend, diffusers_class, fill_text, pad_text, rope_3d, weight_of_fill
 from fantasy_nb.regions import add_expression
 
 ROOT = Path(__file__).parents[1]
@@ -358,3 +358,19 @@ def test_the_fresh_model_predicts_zero_and_every_branch_wakes_up():
         optimiser.step()
     asleep = [name for name, p in dit.named_parameters() if not p.grad.abs().sum() > 0]
     assert not asleep
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("words", [1, 9, 511, 512])
+def test_one_filled_place_stands_for_all(words):
+    "Attention over few keys and a weight equals attention over the full 512, in the sum and in the gradient's sense of who matters."
+    dit = randomised(DiT(small()))
+    text = torch.randn(2, words, dit.config.text_width, generator=torch.Generator().manual_seed(words))
+    memory = dit.blocks[0].cross_attention.memories["text"]
+    few, every = (memory.keys_values(dit.text_embedding(fill(text, 512))) for fill in (fill_text, pad_text))
+    assert few[0].shape[1] == min(words + 1, 512) and every[0].shape[1] == 512
+    query = 3 * torch.randn(2, 5, *few[0].shape[2:], generator=torch.Generator().manual_seed(0))
+    want = attend(query, *every)
+    assert relative(attend(query, *few, weight_of_fill(few[0], 512)), want) < 1e-5
+    if words < 511:
+        assert relative(attend(query, *few), want) > 1e-3  # without the weight it is another answer

@@ -193,3 +193,22 @@ def test_shipped_encoder_reads_each_group_and_nothing_else():
     assert (own > floor).all(), own
     foreign = [score["head"][3:], score["eyes"][:3], score["eyes"][5:], score["emotion"], score["mouth"][:5]]
     assert torch.cat(foreign).max() < 0.15, score
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="no tiny weights")
+@torch.no_grad()
+def test_shipped_encoder_does_not_know_who_it_is():
+    "A linear classifier over people: at most three times chance (issue 3), where an untrained encoder's features name most of them."
+    from fantasy_nb.expression import fit_ruler
+    from fantasy_nb.faces import Expression, Identity, render_crops
+
+    torch.manual_seed(0)
+    people, each = 20, 24
+    who = torch.arange(people).repeat_interleave(each)
+    crops = render_crops(Identity.sample(people, 77)[who], Expression.sample(len(who), 77), 64)
+    learn, right = torch.arange(len(who)) % each < 18, {}
+    for name, encoder in (("shipped", ExpressionEncoder.from_pretrained(WEIGHTS)), ("untrained", ExpressionEncoder(ExpressionConfig.tiny()).eval())):
+        features = torch.cat([encoder(part).pack() for part in crops.split(96)])
+        guess = fit_ruler(features[learn], torch.nn.functional.one_hot(who[learn]).float())(features[~learn]).argmax(1)
+        right[name] = (guess == who[~learn]).float().mean().item()
+    assert right["shipped"] <= 3 / people and right["untrained"] >= 10 / people, right
