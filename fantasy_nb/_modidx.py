@@ -36,6 +36,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fantasy_nb.animate.find_drivers': ('animate.html#find_drivers', 'fantasy_nb/animate.py'),
                                     'fantasy_nb.animate.find_people': ('animate.html#find_people', 'fantasy_nb/animate.py'),
                                     'fantasy_nb.animate.fit_portrait': ('animate.html#fit_portrait', 'fantasy_nb/animate.py'),
+                                    'fantasy_nb.animate.frames_velocity': ('animate.html#frames_velocity', 'fantasy_nb/animate.py'),
                                     'fantasy_nb.animate.load_driver': ('animate.html#load_driver', 'fantasy_nb/animate.py'),
                                     'fantasy_nb.animate.load_portrait': ('animate.html#load_portrait', 'fantasy_nb/animate.py'),
                                     'fantasy_nb.animate.main': ('animate.html#main', 'fantasy_nb/animate.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'MESH_EDGES', 'PipelineConfig', 'resize', 'face_boxes', 'fit_portrait', 'window_starts', 'blend_windows',
            'Animation', 'square', 'load_portrait', 'load_driver', 'find_people', 'find_drivers', 'film_velocity',
-           'denoise', 'to_pixels', 'decode_film', 'StoredPipeline', 'PortraitPipeline', 'check_assignment', 'animate',
-           'build_parser', 'check_output', 'run_animation', 'main']
+           'frames_velocity', 'denoise', 'to_pixels', 'decode_film', 'StoredPipeline', 'PortraitPipeline',
+           'check_assignment', 'animate', 'build_parser', 'check_output', 'run_animation', 'main']
 
 # %% ../nbs/11_animate.ipynb #cell-004
 import argparse
@@ -19,6 +19,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -39,7 +40,7 @@ class PipelineConfig:
 
     face_height: float = 47.5  # pixels: the mean size of faces in training
     most_pixels: int = 96 * 1024  # a larger working picture is refused: its faces would be many and small
-    window: int = 2  # latent frames a window has beside the portrait's
+    window: int = 2  # latent frames a window has beside the portrait's; 0: no windows, every frame by itself
     overlap: int = 1  # latent frames that neighbouring windows share
     steps: int = 1
     guidance: float = 1.0
@@ -55,6 +56,8 @@ class PipelineConfig:
         object.__setattr__(self, "interval", tuple(self.interval))
         if self.steps < 1 or self.draws < 1:
             raise ValueError(f"want at least one step and one draw, got steps={self.steps}, draws={self.draws}")
+        if self.window < 0 or (self.window and not 0 <= self.overlap < self.window):
+            raise ValueError(f"want window=0, or a window larger than its overlap, got window={self.window}, overlap={self.overlap}")
         if self.solver not in SOLVERS:
             raise ValueError(f"want a solver out of {', '.join(SOLVERS)}, got {self.solver!r}")
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
@@ -207,6 +210,8 @@ def film_velocity(
     owners: Tensor,  # (2 k): of frame 0, of all later ones
 ) -> Callable:  # (x (1 c 1+n h w), t (1,), scale of the expression) -> velocity
     "The animator's answer for a film of any length."
+    if not config.window:
+        return frames_velocity(animator, config, portrait, features, owners)
     length = (features.shape[1] - 1) // 4
     n = min(config.window, length)
     starts = window_starts(length, n, config.overlap)
@@ -224,27 +229,49 @@ def film_velocity(
 
     return velocity
 
-# %% ../nbs/11_animate.ipynb #cell-023
+# %% ../nbs/11_animate.ipynb #cell-024
+def frames_velocity(animator: Animator, config: PipelineConfig, portrait: Tensor, features: Tensor, owners: Tensor, at_once: int = 64) -> Callable:
+    "As `film_velocity`, with every frame by itself: x (1 c f h w) holds one latent frame for each frame of the film."
+    pieces = []
+    for part in features[:, 1:].split(at_once, 1):
+        expression, mask = animator.listen(part.transpose(0, 1)[:, :, None], owners[:1].expand(part.shape[1], 1, -1), stills=True)
+        pieces.append((part.shape[1], mask, animator.dit.prepare(expression=expression)))
+    condition = image_condition(portrait, 2)[:, :, 1:]
+
+    def velocity(x, t, scale=1.0):
+        answers = []
+        for each, (n, mask, memories) in zip(rearrange(x, "1 c f h w -> f c 1 h w").split(at_once), pieces):
+            seen = torch.cat([each, condition.expand(n, -1, -1, -1, -1)], 1)
+            answers.append(animator.dit(seen, (t * 1000).expand(n), expression_mask=mask, expression_scale=scale, memories=memories))
+        return to_velocity(x, t, portrait + rearrange(torch.cat(answers), "f c 1 h w -> 1 c f h w"), config.prediction)
+
+    return velocity
+
+# %% ../nbs/11_animate.ipynb #cell-025
 @torch.no_grad()
 def denoise(animator: Animator, config: PipelineConfig, portrait: Tensor, features: Tensor, owners: Tensor, seed: int, show: bool) -> Tensor:
-    "Latents (1 c 1+n h w) of a film, from one noise. Arguments as `film_velocity`."
+    "Latents of a film, from one noise: (1 c 1+n h w) in windows, (1 c 4n h w) with every frame by itself. Arguments as `film_velocity`."
     velocity, n = film_velocity(animator, config, portrait, features, owners), (features.shape[1] - 1) // 4
     guided_velocity = guided(lambda x, t: velocity(x, t, 0.0), velocity, config.guidance, config.interval)
-    noise = torch.randn(1, portrait.shape[1], 1 + n, *portrait.shape[-2:], generator=torch.Generator().manual_seed(seed)).to(portrait)
+    noise = torch.randn(1, portrait.shape[1], 1 + n if config.window else 1, *portrait.shape[-2:], generator=torch.Generator().manual_seed(seed)).to(portrait)
+    noise = noise if config.window else noise.expand(-1, -1, 4 * n, -1, -1)
     with tqdm(total=config.steps, desc="denoising", unit="step", disable=not show) as bar:
         return SOLVERS[config.solver](guided_velocity, noise, time_grid(config.steps, config.shift), lambda *_: bar.update())
 
-# %% ../nbs/11_animate.ipynb #cell-024
+# %% ../nbs/11_animate.ipynb #cell-026
 def to_pixels(video: Tensor) -> np.ndarray:  # (1 3 f h w) in [-1, 1] -> uint8 (f h w 3)
     "Rounded, clipped, channels last: what writers of pictures want."
     return ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
-def decode_film(vae: VideoVAE, latents: Tensor) -> np.ndarray:  # (1 c 1+n h w) -> uint8 (4n h w 3), without the portrait
-    "Decode in a stream, four latent frames at a time: a long film fits in memory."
-    return np.concatenate([to_pixels(piece) for piece in decode_stream(vae, in_pieces(latents, 4))][1:])
+def decode_film(vae: VideoVAE, latents: Tensor, window: int = 1) -> np.ndarray:  # -> uint8 (4n h w 3), without the portrait
+    "Latents of `denoise` to pictures, piece by piece: a long film fits in memory. window=0: every latent frame is a frame."
+    if window:
+        return np.concatenate([to_pixels(piece) for piece in decode_stream(vae, in_pieces(latents, 4))][1:])
+    stills = rearrange(latents, "1 c f h w -> f c 1 h w").split(16)
+    return np.concatenate([to_pixels(rearrange(vae.decode(part), "f c 1 h w -> 1 c f h w")) for part in stills])
 
-# %% ../nbs/11_animate.ipynb #cell-025
+# %% ../nbs/11_animate.ipynb #cell-027
 class StoredPipeline:
     "The three parts of a pipeline and its folder on disk."
 
@@ -276,7 +303,7 @@ class StoredPipeline:
     def device(self) -> torch.device:
         return next(self.animator.parameters()).device
 
-# %% ../nbs/11_animate.ipynb #cell-026
+# %% ../nbs/11_animate.ipynb #cell-028
 class PortraitPipeline(StoredPipeline):
     "Portrait and drivers -> film."
 
@@ -309,9 +336,10 @@ class PortraitPipeline(StoredPipeline):
         draws: int | None = None,  # films from different noises, averaged
         solver: str | None = None,  # "euler", "heun" or "multistep"
         interval: tuple[float, float] | None = None,  # times (low, high) at which to guide
+        window: int | None = None,  # latent frames of a window; 0: every frame by itself
     ) -> Animation:
         "Animate everybody who has a driver. Raises ValueError for pictures without faces, too many drivers, wrong assignments or settings."
-        asked = dict(steps=steps, guidance=guidance, draws=draws, solver=solver, interval=interval)
+        asked = dict(steps=steps, guidance=guidance, draws=draws, solver=solver, interval=interval, window=window)
         c, drivers = replace(self.config, **{k: v for k, v in asked.items() if v is not None}), drivers if isinstance(drivers, list) else [drivers]
         if frames is not None and frames < 1:
             raise ValueError(f"want at least one frame, got frames={frames}")
@@ -325,10 +353,10 @@ class PortraitPipeline(StoredPipeline):
         latents = self.vae.encode(torch.from_numpy(working).permute(2, 0, 1)[None, :, None].to(self.device) / 127.5 - 1)
         rounds = tqdm(range(c.draws), desc="draws", unit="draw", disable=not show or c.draws == 1)
         latents = sum(denoise(self.animator, c, latents, features, owners, seed + 7919 * k, show and c.draws == 1) for k in rounds) / c.draws
-        film = decode_film(self.vae, latents)[: len(films[0]), : size[0], : size[1]]
+        film = decode_film(self.vae, latents, c.window)[: len(films[0]), : size[0], : size[1]]
         return Animation(film, fps, tracks, films, assign)
 
-# %% ../nbs/11_animate.ipynb #cell-027
+# %% ../nbs/11_animate.ipynb #cell-029
 def check_assignment(assign: list[int] | None, drivers: int, people: int) -> list[int]:
     "Which person each driver moves, from 1. Raises ValueError unless they are different people of the portrait."
     assign = list(range(1, drivers + 1)) if assign is None else list(assign)
@@ -336,7 +364,7 @@ def check_assignment(assign: list[int] | None, drivers: int, people: int) -> lis
         raise ValueError(f"want {drivers} different people out of 1 to {people} to assign the drivers to, got {assign}")
     return assign
 
-# %% ../nbs/11_animate.ipynb #cell-028
+# %% ../nbs/11_animate.ipynb #cell-030
 def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation:
     "One call: load the weights, animate, and write a file where `out` is given."
     animation = PortraitPipeline.from_pretrained(weights)(portrait, drivers, **options)
@@ -344,7 +372,7 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-051
+# %% ../nbs/11_animate.ipynb #cell-056
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -359,6 +387,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--solver", choices=list(SOLVERS), help="how to walk from noise to film (default: what the weights recommend)")
     parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only at these times, 0 to 1; fewer passes (default: what the weights recommend)")
     parser.add_argument("--draws", type=int, help="films from different noises, averaged (default: what the weights recommend)")
+    parser.add_argument("--window", type=int, help="latent frames that are drawn together; 0 = every frame by itself (default: what the weights recommend)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--height", type=int, default=256, help="height of the written film in pixels; 0 = as generated (default: 256)")
     parser.add_argument("--compare", action="store_true", help="lay the drivers beside the result")
@@ -367,7 +396,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-# %% ../nbs/11_animate.ipynb #cell-052
+# %% ../nbs/11_animate.ipynb #cell-057
 def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     "Raise before the work starts where a file could not be written after it."
     if path is None:
@@ -383,7 +412,7 @@ def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     probe.touch()
     probe.unlink()
 
-# %% ../nbs/11_animate.ipynb #cell-053
+# %% ../nbs/11_animate.ipynb #cell-058
 def run_animation(args: argparse.Namespace) -> None:
     "What `fantasy-animate` does once its arguments are read."
     for path in [args.portrait, *args.drive]:
@@ -394,7 +423,7 @@ def run_animation(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     pipeline = PortraitPipeline.from_pretrained(args.weights)
-    film = pipeline(args.portrait, args.drive, args.frames, args.steps, args.guidance, args.seed, args.assign, not args.quiet, args.draws, args.solver, args.interval)
+    film = pipeline(args.portrait, args.drive, args.frames, args.steps, args.guidance, args.seed, args.assign, not args.quiet, args.draws, args.solver, args.interval, args.window)
     gaps = [int((~track.present).sum()) for track in film.tracks]
     if any(gaps):
         print(f"note: frames without a visible driver face, filled in: {gaps} of {len(film.frames)}", file=sys.stderr)
@@ -403,7 +432,7 @@ def run_animation(args: argparse.Namespace) -> None:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-# %% ../nbs/11_animate.ipynb #cell-054
+# %% ../nbs/11_animate.ipynb #cell-059
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)

@@ -488,8 +488,9 @@ def append_log(path: Path, rows: list[tuple]) -> None:
 
 # %% ../nbs/10_train.ipynb #cell-051
 STAGES = {  # pictures to learn from, how they are encoded, how many, how to train
-    "stills": (ClipConfig(frames=5, stills=True), encode_stills, 3450, TrainConfig(steps=16500, pure_noise=0.8)),
-    "clips": (ClipConfig(), encode_clip, 1500, TrainConfig(steps=4000, lr=1e-3, pure_noise=0.8, loss="pixels")),
+    "stills": (ClipConfig(frames=5, stills=True), encode_stills, 3450, TrainConfig(steps=22500, pure_noise=0.8)),
+    "clips": (ClipConfig(), encode_clip, 1500, TrainConfig(steps=2800, lr=1e-3, pure_noise=0.8, loss="pixels")),
+    "polish": (ClipConfig(frames=5, stills=True), encode_stills, 3450, TrainConfig(steps=1500, lr=1e-3, pure_noise=0.8, loss="pixels")),
 }
 
 # %% ../nbs/10_train.ipynb #cell-054
@@ -497,15 +498,16 @@ def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = OneLineParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic clips; VAE and encoder weights must exist.")
     parser.add_argument("--config", choices=["tiny"], default="tiny", help="size of the model")
-    parser.add_argument("--stage", choices=["both", *STAGES], default="both", help="stills: unrelated moments, quick to draw and to learn; clips: motion; default: one after the other")
+    parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="stills: unrelated moments, quick to draw and to learn; clips: motion; polish: stills again, sharper; default: one after the other")
     parser.add_argument("--init", type=Path, default=None, help="folder with dit/ and tokens/ to start from, as an earlier stage wrote them (default: random weights)")
     parser.add_argument("--parts", type=Path, default=None, help="folder with vae/ and encoder/ weights (default: the shipped ones of this config)")
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of checkpoint, log and cache, with both stages one inside it for each (default: runs/tiny)")
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of checkpoint, log and cache, with all stages one inside it for each (default: runs/tiny)")
     parser.add_argument("--cache", type=Path, default=None, help="folder of encoded clips or stills (default: RUN/cache)")
     parser.add_argument("--clips", type=int, default=None, help="clips to render and encode into the cache, if they are not there yet (default: 3450 of stills, 1500 of clips)")
     parser.add_argument("--steps", type=int, default=None, help="training steps of the stage")
     parser.add_argument("--batch", type=int, default=None, help="clips a step")
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
+    parser.add_argument("--loss", choices=["latents", "pixels"], default=None, help="squared errors of latents or absolute errors of pixels (default: latents for stills, pixels afterwards)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="stop a stage, with a checkpoint, after so many minutes of training")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly")
@@ -528,9 +530,11 @@ def main(arguments=None) -> int:
 # %% ../nbs/10_train.ipynb #cell-056
 def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None, out: Path) -> bool:  # was it trained to its last step?
     "One stage of `STAGES`: fill its cache, train, write the averaged weights into `out`."
-    settings = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr), ("seed", args.seed)) if v is not None}
+    settings = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr), ("loss", args.loss), ("seed", args.seed)) if v is not None}
     clip_config, encode, count, config = STAGES[stage]
-    config, device, cache = replace(config, **settings), default_device(), args.cache or run / "cache"
+    shared = run.parent / "stills" / "cache"  # of a run through all stages: the last one learns from the first one's pictures
+    cache = args.cache or (shared if stage == "polish" and args.stage == "all" else run / "cache")
+    config, device = replace(config, **settings), default_device()
     parts = args.parts or data_samples("weights", args.config)
     vae, encoder = VideoVAE.from_pretrained(parts / "vae").to(device).eval(), ExpressionEncoder.from_pretrained(parts / "encoder").to(device).eval()
     if place_in_group()[0] == 0:
@@ -550,21 +554,23 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
 
 
 def run_training(args: argparse.Namespace) -> int:
-    "What `fantasy-train` does once its arguments are read: one stage, or both, the second from the first one's weights."
+    "What `fantasy-train` does once its arguments are read: one stage, or all of them, each from the weights of the one before."
     if os.environ.get("RANK") and not dist.is_initialized():  # started by torchrun
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     weights = args.out or args.run / "weights"
-    if args.stage != "both":
+    if args.stage != "all":
         if args.stage == "clips" and not args.init:
             print("fantasy-train: clips from random weights, without stills before them (--init): heads will hardly follow", file=sys.stderr)
         run_stage(args, args.stage, args.run, args.init, weights)
         return 0
-    alone = [f"--{name}" for name in ("cache", "clips", "steps", "lr") if getattr(args, name) is not None]
+    alone = [f"--{name}" for name in ("cache", "clips", "steps", "lr", "loss") if getattr(args, name) is not None]
     if alone:
         raise ValueError(f"{' and '.join(alone)} belong to one stage: say which with --stage stills or --stage clips")
-    first, second = args.run / "stills", args.run / "clips"
-    if run_stage(args, "stills", first, args.init, first / "weights"):
-        run_stage(args, "clips", second, first / "weights", weights)
-    else:
-        print(f"stopped within the first stage; go on with --resume --run {args.run}")
+    init = args.init
+    for stage in STAGES:
+        last = stage == list(STAGES)[-1]
+        if not run_stage(args, stage, args.run / stage, init, weights if last else args.run / stage / "weights"):
+            print(f"stopped within {stage}; go on with --resume --run {args.run}")
+            break
+        init = args.run / stage / "weights"
     return 0

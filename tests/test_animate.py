@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +217,30 @@ def test_wrong_solver_options_are_one_line(options, tmp_path, capsys):
         code = stop.code
     error = capsys.readouterr().err.strip()
     assert code == 2 and len(error.splitlines()) == 1 and options[0][2:] in error and not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_every_frame_by_itself_is_the_still_the_network_draws(pipeline):
+    from fantasy_nb.animate import decode_film, denoise
+
+    g = torch.Generator().manual_seed(3)
+    portrait, features, owners = torch.randn(1, 48, 1, 8, 12, generator=g), torch.randn(2, 9, 554, generator=g), torch.randint(3, (2, 96), generator=g)
+    config = replace(pipeline.config, window=0, steps=1, guidance=1.0)
+    film = denoise(pipeline.animator, config, portrait, features, owners, 5, False)
+    assert film.shape == (1, 48, 8, 8, 12) and decode_film(pipeline.vae, film, 0).shape == (8, 64, 96, 3)
+    noise = torch.randn(1, 48, 1, 8, 12, generator=torch.Generator().manual_seed(5))
+    for k in (0, 7):  # what training's first stage asks of the network, one moment at a time
+        still = pipeline.animator(noise, torch.ones(1), portrait, features[None, :, k + 1 : k + 2], owners[None, :1], stills=True)
+        torch.testing.assert_close(film[:, :, k : k + 1], still, atol=2e-5, rtol=1e-4)
+    from fantasy_nb.animate import frames_velocity
+
+    x, t = noise.expand(-1, -1, 8, -1, -1), torch.tensor([0.7])
+    whole, pieces = (frames_velocity(pipeline.animator, config, portrait, features, owners, n)(x, t) for n in (64, 3))
+    torch.testing.assert_close(whole, pieces, atol=2e-5, rtol=1e-4)
+
+
+def test_both_ways_of_making_a_film_have_its_length_and_differ(pipeline):
+    films = [pipeline(PORTRAIT, DRIVERS, frames=6, draws=1, window=window, show=False).frames for window in (0, 2)]
+    assert films[0].shape == films[1].shape and len(films[0]) == 6 and not np.array_equal(*films)
+    with pytest.raises(ValueError, match="window larger than its overlap"):
+        pipeline(PORTRAIT, DRIVERS, frames=6, window=1, show=False)

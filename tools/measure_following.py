@@ -104,13 +104,14 @@ def main():
     parser.add_argument("--pairs", nargs="+", default=["ab", "ba", "cd", "dc"])
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--window", type=int, help="0: every frame by itself")
     args = parser.parse_args()
     pipeline = PortraitPipeline.from_pretrained(args.weights)
     readers = {"MediaPipe": measured, "encoder": encoder_reader(pipeline.encoder, pipeline.config)}
     tables = {reader: {} for reader in [*readers, "pixels"]}
     portrait, (people, seed) = read_image(data_samples("portrait_two.png")), (2, 9004)
     for pair in args.pairs:
-        film = pipeline(portrait, [data_samples(f"driver_{k}.mp4") for k in pair], steps=args.steps, guidance=args.guidance, show=False)
+        film = pipeline(portrait, [data_samples(f"driver_{k}.mp4") for k in pair], steps=args.steps, guidance=args.guidance, window=args.window, show=False)
         truth = (true_film(people, seed, pair, film.frames.shape[1:3]).permute(0, 2, 3, 1) * 255).byte().numpy()
         if "pixels" not in readers:
             readers["pixels"] = pixel_reader(people, seed, film.frames.shape[1:3])
