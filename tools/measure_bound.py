@@ -84,6 +84,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=data_samples("weights", "tiny"))
     parser.add_argument("--count", type=int, default=3000, help="moments of the scene, 200 of them held out")
+    parser.add_argument("--steps", type=int, default=2500, help="of learning")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     args = parser.parse_args()
     vae, encoder = VideoVAE.from_pretrained(args.weights / "vae").eval(), ExpressionEncoder.from_pretrained(args.weights / "encoder").eval()
@@ -105,7 +106,7 @@ def main():
         x = torch.cat([features(encoder, m, kind, 500 + k) for k, m in enumerate(motions)], 1)
         performed = torch.cat([features(encoder, m, kind, (500 if kind == "same" else 700) + k, alone=True) for k, m in enumerate(drivers)], 1)
         mean, scale = x[:held].mean(0), x[:held].std(0) + 1e-3
-        draw = learn((x[:held] - mean) / scale, z[:held], weight / weight.mean())
+        draw = learn((x[:held] - mean) / scale, z[:held], weight / weight.mean(), args.steps)
         guess = draw((x[held:] - mean) / scale)
         film = vae.decode(draw((performed - mean) / scale)[:, :, None])[:, :, 0, : size[0], : size[1]]
         film = ((film.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
