@@ -330,7 +330,7 @@ def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
 
 # %% ../nbs/10_train.ipynb #cell-033
 def pixel_decoder(vae: VideoVAE):  # latents (b c t h w) -> video (b 3 f 8h 8w)
-    "The quickest way to pixels that gradients can take: the linear code where the VAE has one, else all of its decoder."
+    "The quickest way to pixels that gradients can take: the linear code where the VAE has one, else all of its decoder. Freezes the VAE."
     vae.requires_grad_(False)
 
     def decode(latents: Tensor) -> Tensor:
@@ -352,7 +352,7 @@ def weight_of_pixels(weight: Tensor) -> Tensor:  # (b 1 t h w) -> (b 1 4(t-1)+1 
 
 # %% ../nbs/10_train.ipynb #cell-034
 def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainConfig, g: torch.Generator, decode=None):
-    "Flow-matching loss of one batch (chapter 08's `flow_loss`), weighted by `batch['weight']`; `decode` (of `pixel_decoder`) for `loss=\"pixels\"`."
+    "Flow-matching loss of one batch (chapter 08's `flow_loss`), weighted by `batch['weight']`; `decode` (of `pixel_decoder`) where the loss is of pixels."
     stills = batch["features"].shape[2] == batch["latents"].shape[2]
     batch = pick_moments(batch, g) if stills else batch | {"portrait": batch["latents"][:, :, :1]}
     latents, b = batch["latents"], len(batch["latents"])

@@ -363,7 +363,7 @@ def test_the_fresh_model_predicts_zero_and_every_branch_wakes_up():
 @torch.no_grad()
 @pytest.mark.parametrize("words", [1, 9, 511, 512])
 def test_one_filled_place_stands_for_all(words):
-    "Attention over few keys and a weight equals attention over the full 512, in the sum and in the gradient's sense of who matters."
+    "Attention over few keys and a weight equals attention over the full 512; without the weight it does not."
     dit = randomised(DiT(small()))
     text = torch.randn(2, words, dit.config.text_width, generator=torch.Generator().manual_seed(words))
     memory = dit.blocks[0].cross_attention.memories["text"]

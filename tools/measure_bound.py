@@ -1,7 +1,7 @@
-"""How well could any animator draw with these features? `python tools/measure_bound.py` prints a table (about ten minutes on two cores).
+"""How much of a face do the features tell? `python tools/measure_bound.py` prints a table (a quarter of an hour on two cores).
 
 One scene only, the demo's. An MLP learns to map both people's features to the scene's latents, on thousands of drawn moments of this very scene, and is judged on moments it
-has not seen. What it cannot draw the features do not say; an animator, who must know every scene, cannot be expected to do better. The features come from drivers who are
+has not seen. Not a bound for animators, who learn from more moments than these: compare the rows, where nothing differs but the features. They come from drivers who are
 
     true      no pictures at all: the true factors
     same      always the same person, the crop exact
@@ -10,7 +10,7 @@ has not seen. What it cannot draw the features do not say; an animator, who must
     guessed   the crop as far off as was once believed (.02 of its side)
 
 Errors are squared differences of pixels, as shares of the portrait held still, in mouths and in faces as chapter 10's `place_weight` sees them. Beside them r of the drivers'
-true curves with what MediaPipe measures in the film so drawn of the first two drivers: what the instrument itself makes of the best film that features allow."""
+true curves with what MediaPipe measures in the film so drawn of the first two drivers: what the instrument makes of such films."""
 
 import argparse
 from pathlib import Path
