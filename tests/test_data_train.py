@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import fantasy_nb.train as train_module
+from fantasy_nb.animate import PortraitPipeline
 from fantasy_nb.core import data_samples
 from fantasy_nb.data import ClipConfig, SceneClips, collate
 from fantasy_nb.dit import DiTConfig
@@ -223,9 +224,14 @@ def test_pixel_training_resumes_exactly(cache, tmp_path):
 
 
 def test_command_end_to_end(tmp_path, cache, capsys):
-    arguments = ["--stage", "clips", "--run", str(tmp_path / "run"), "--cache", str(cache), "--clips", "0", "--steps", "2", "--batch", "1", "--threads", "1"]
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "clips").symlink_to(cache)
+    arguments = ["--stage", "clips", "--run", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--clips", "0", "--steps", "2", "--batch", "1", "--threads", "1"]
     assert main([*arguments, "--out", str(tmp_path / "weights")]) == 0
-    assert (Path(tmp_path) / "weights" / "dit" / "config.json").exists() and (tmp_path / "run" / "checkpoint.pt").exists()
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    ready = PortraitPipeline.from_pretrained(tmp_path / "weights")  # all that an animation needs
+    shipped = ExpressionEncoder.from_pretrained(data_samples("weights", "tiny", "encoder")).state_dict()
+    assert all(torch.equal(value, shipped[name]) for name, value in ready.encoder.state_dict().items())
     assert main(["--parts", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run2")]) == 2
     assert "no config.json" in capsys.readouterr().err
 
@@ -321,6 +327,17 @@ def test_a_still_equals_a_window_whose_four_frames_agree():
     assert (once - other).abs().max() > 1e-3
 
 
+def test_a_mixed_cache_gives_batches_of_one_kind_each(cache, tmp_path):
+    clip, tiny = SceneClips(stills_config(), seed=4)[0], data_samples("weights", "tiny")
+    row = encode_stills(clip, VideoVAE.from_pretrained(tiny / "vae").eval(), ExpressionEncoder.from_pretrained(tiny / "encoder"))
+    save_file({f"{i}.{name}": value.clone() for i in range(8) for name, value in row.items()}, tmp_path / "clips-000000.safetensors")
+    alone, both = LatentClips(cache), LatentClips(cache, tmp_path)
+    assert len(both) == len(alone) + 8 and sorted(both.clips) == list(range(len(both)))
+    assert all(torch.equal(both.clips[i]["latents"], alone.clips[i]["latents"]) for i in alone.clips)
+    kinds = [tuple(both.batch(2, step_generator(0, step))["latents"].shape[2:]) for step in range(40)]
+    assert 10 <= kinds.count((4, 8, 12)) <= 30, kinds  # about as often as they are many
+
+
 def test_stages_follow_one_another(tmp_path, capsys):
     first, second = tmp_path / "stills", tmp_path / "clips"
     assert main(["--stage", "stills", "--run", str(first), "--clips", "2", "--steps", "2", "--batch", "1"]) == 0
@@ -330,13 +347,14 @@ def test_stages_follow_one_another(tmp_path, capsys):
 
 
 def test_all_stages_in_one_command(tmp_path, capsys, monkeypatch):
-    short = {name: (clips, encode, 2, replace(config, steps=2, batch=1)) for name, (clips, encode, _, config) in train_module.STAGES.items()}
-    monkeypatch.setattr(train_module, "STAGES", short)
+    monkeypatch.setattr(train_module, "PICTURES", {kind: (clips, encode, 2) for kind, (clips, encode, _) in train_module.PICTURES.items()})
+    monkeypatch.setattr(train_module, "STAGES", {name: (kinds, replace(config, steps=2, batch=1)) for name, (kinds, config) in train_module.STAGES.items()})
     assert main(["--run", str(tmp_path), "--max-minutes", "0"]) == 0 and "stopped within stills" in capsys.readouterr().out
     assert not (tmp_path / "clips").exists()
     assert main(["--run", str(tmp_path), "--resume"]) == 0
     said = capsys.readouterr().out
-    assert all(f"{stage}: 2 of 2 steps" in said for stage in ("stills", "clips", "polish")) and not (tmp_path / "polish" / "cache").exists()  # it learns from the first stage's pictures
+    assert all(f"{stage}: 2 of 2 steps" in said for stage in ("stills", "clips", "mixed"))
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["clips", "stills"] and not (tmp_path / "mixed" / "cache").exists()  # stages share their pictures
     first, last = (Animator.from_pretrained(tmp_path / folder).state_dict() for folder in ("stills/weights", "weights"))
     assert any(not torch.equal(a, b) for a, b in zip(first.values(), last.values()))
     assert main(["--run", str(tmp_path), "--steps", "3"]) == 2 and "--steps" in capsys.readouterr().err
