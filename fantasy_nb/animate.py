@@ -264,8 +264,12 @@ def to_pixels(video: Tensor) -> np.ndarray:  # (1 3 f h w) in [-1, 1] -> uint8 (
     return ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
-def decode_film(vae: VideoVAE, latents: Tensor, window: int = 1) -> np.ndarray:  # -> uint8 (4n h w 3), without the portrait
-    "Latents of `denoise` to pictures, piece by piece: a long film fits in memory. window=0: every latent frame is a frame."
+def decode_film(
+    vae: VideoVAE,
+    latents: Tensor,  # of `denoise`
+    window: int,  # as it was made: 0 = every latent frame is a frame
+) -> np.ndarray:  # -> uint8 (4n h w 3), without the portrait
+    "Latents to pictures, piece by piece: a long film fits in memory."
     if window:
         return np.concatenate([to_pixels(piece) for piece in decode_stream(vae, in_pieces(latents, 4))][1:])
     stills = rearrange(latents, "1 c f h w -> f c 1 h w").split(16)
@@ -372,7 +376,7 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-056
+# %% ../nbs/11_animate.ipynb #cell-058
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -396,7 +400,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-# %% ../nbs/11_animate.ipynb #cell-057
+# %% ../nbs/11_animate.ipynb #cell-059
 def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     "Raise before the work starts where a file could not be written after it."
     if path is None:
@@ -412,7 +416,7 @@ def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     probe.touch()
     probe.unlink()
 
-# %% ../nbs/11_animate.ipynb #cell-058
+# %% ../nbs/11_animate.ipynb #cell-060
 def run_animation(args: argparse.Namespace) -> None:
     "What `fantasy-animate` does once its arguments are read."
     for path in [args.portrait, *args.drive]:
@@ -432,7 +436,7 @@ def run_animation(args: argparse.Namespace) -> None:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-# %% ../nbs/11_animate.ipynb #cell-059
+# %% ../nbs/11_animate.ipynb #cell-061
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)

@@ -6,9 +6,9 @@
 __all__ = ['FrameCache', 'RELEASED_NAMES', 'RESIDUAL', 'check_video', 'check_latents', 'to_blocks', 'from_blocks', 'with_one',
            'neighbours', 'gram', 'LinearCode', 'begins', 'CausalConv3d', 'ChannelNorm', 'ResidualBlock',
            'FrameAttention', 'each_frame', 'Downsample', 'Upsample', 'VAEConfig', 'middle_blocks', 'Encoder', 'Decoder',
-           'Posterior', 'released_name', 'VideoVAE', 'charbonnier', 'edge_error', 'VAELoss', 'vae_loss', 'train_vae',
-           'measure_latents', 'channel_cost', 'in_pieces', 'alike', 'encode_stream', 'decode_stream', 'spans', 'ramp',
-           'blend_tiles', 'check_tiles', 'encode_tiled', 'decode_tiled']
+           'Posterior', 'released_name', 'StoredVAE', 'VideoVAE', 'charbonnier', 'edge_error', 'VAELoss', 'vae_loss',
+           'train_vae', 'measure_latents', 'channel_cost', 'in_pieces', 'alike', 'encode_stream', 'decode_stream',
+           'spans', 'ramp', 'blend_tiles', 'check_tiles', 'encode_tiled', 'decode_tiled']
 
 # %% ../nbs/05_vae.ipynb #cell-003
 import json
@@ -341,10 +341,45 @@ def released_name(ours: str) -> str:
     return "model." + ours
 
 # %% ../nbs/05_vae.ipynb #cell-054
+class StoredVAE(nn.Module):
+    "Released names, and folders with config.json and model.safetensors."
+
+    def release_state_dict(self) -> dict[str, Tensor]:
+        "Our weights under the released names."
+        return {released_name(name): tensor for name, tensor in self.state_dict().items()}
+
+    def load_release_state_dict(self, released: dict[str, Tensor]) -> None:
+        "Take weights under the released names (with or without the leading `model.`); missing or extra names raise."
+        given = {"model." + name.removeprefix("model."): tensor for name, tensor in released.items()}
+        names = {released_name(name): name for name in self.state_dict()}
+        missing, extra = sorted(names.keys() - given.keys()), sorted(given.keys() - names.keys())
+        if missing or extra:
+            raise ValueError(f"not the weights of this VAE: {len(missing)} names missing {missing[:3]}, {len(extra)} unknown {extra[:3]}")
+        self.load_state_dict({names[name]: tensor for name, tensor in given.items()})
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        "Write config.json and model.safetensors."
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        save_file({name: tensor.to(dtype).contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "VideoVAE":
+        "Read what `save_pretrained` wrote; float32, in eval mode."
+        folder = Path(folder)
+        for file in ("config.json", "model.safetensors"):
+            if not (folder / file).is_file(): raise FileNotFoundError(f"no {file} in {folder}")
+        stored = json.loads((folder / "config.json").read_text())
+        vae = cls(VAEConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}))
+        vae.load_state_dict(load_file(folder / "model.safetensors"))
+        return vae.eval()
+
+# %% ../nbs/05_vae.ipynb #cell-056
 RESIDUAL = 0.1  # how much of the network is added to the linear code: what is left to learn is small, so one optimiser step must be too
 
 
-class VideoVAE(nn.Module):
+class VideoVAE(StoredVAE):
     "Causal 3-D variational autoencoder: video (b 3 f h w) in [-1, 1] <-> latents (b c t h/8 w/8), f = 4n+1, t = n+1."
 
     def __init__(self, config: VAEConfig):
@@ -396,38 +431,7 @@ class VideoVAE(nn.Module):
         check_latents(latents, self.config.latent_channels)
         return self.reconstruct(latents * self.latents_std + self.latents_mean, cache).clamp(-1, 1)
 
-    def release_state_dict(self) -> dict[str, Tensor]:
-        "Our weights under the released names."
-        return {released_name(name): tensor for name, tensor in self.state_dict().items()}
-
-    def load_release_state_dict(self, released: dict[str, Tensor]) -> None:
-        "Take weights under the released names (with or without the leading `model.`); missing or extra names raise."
-        given = {"model." + name.removeprefix("model."): tensor for name, tensor in released.items()}
-        names = {released_name(name): name for name in self.state_dict()}
-        missing, extra = sorted(names.keys() - given.keys()), sorted(given.keys() - names.keys())
-        if missing or extra:
-            raise ValueError(f"not the weights of this VAE: {len(missing)} names missing {missing[:3]}, {len(extra)} unknown {extra[:3]}")
-        self.load_state_dict({names[name]: tensor for name, tensor in given.items()})
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        "Write config.json and model.safetensors."
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        save_file({name: tensor.to(dtype).contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "VideoVAE":
-        "Read what `save_pretrained` wrote; float32, in eval mode."
-        folder = Path(folder)
-        for file in ("config.json", "model.safetensors"):
-            if not (folder / file).is_file(): raise FileNotFoundError(f"no {file} in {folder}")
-        stored = json.loads((folder / "config.json").read_text())
-        vae = cls(VAEConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}))
-        vae.load_state_dict(load_file(folder / "model.safetensors"))
-        return vae.eval()
-
-# %% ../nbs/05_vae.ipynb #cell-061
+# %% ../nbs/05_vae.ipynb #cell-063
 def charbonnier(error: Tensor, softness: float = 0.03) -> Tensor:
     "Mean of sqrt(e^2 + s^2) - s: squared below `softness`, absolute above."
     return ((error.float() ** 2 + softness**2).sqrt() - softness).mean()
@@ -441,7 +445,7 @@ def edge_error(error: Tensor, scales: int = 2) -> Tensor:
         total = total + sum(charbonnier(error.diff(dim=axis)) for axis in (2, 3, 4) if error.shape[axis] > 1) / 3
     return total / scales
 
-# %% ../nbs/05_vae.ipynb #cell-062
+# %% ../nbs/05_vae.ipynb #cell-064
 class VAELoss(NamedTuple):
     "Total, and its parts."
     loss: Tensor
@@ -457,7 +461,7 @@ def vae_loss(vae: VideoVAE, video: Tensor, edges: float = 1.0, kl: float = 2e-3,
     parts = charbonnier(error), edge_error(error), posterior.kl().float()
     return VAELoss(parts[0] + edges * parts[1] + kl * parts[2], *parts)
 
-# %% ../nbs/05_vae.ipynb #cell-063
+# %% ../nbs/05_vae.ipynb #cell-065
 def train_vae(
     config: VAEConfig | VideoVAE,        # dimensions, or a model to go on with
     batches: Iterable[Tensor],           # endless; each (b 3 f h w) in [-1, 1]
@@ -487,7 +491,7 @@ def train_vae(
         if progress: progress(step, out, vae)
     return vae
 
-# %% ../nbs/05_vae.ipynb #cell-064
+# %% ../nbs/05_vae.ipynb #cell-066
 @torch.no_grad()
 def measure_latents(vae: VideoVAE, videos: Iterable[Tensor]) -> VideoVAE:
     "Set latents_mean and latents_std from videos, so that `encode` returns unit-variance channels."
@@ -496,7 +500,7 @@ def measure_latents(vae: VideoVAE, videos: Iterable[Tensor]) -> VideoVAE:
     vae.set_latent_stats(replace(vae.config, latents_mean=tuple(stats[0].tolist()), latents_std=tuple(stats[1].tolist())))
     return vae
 
-# %% ../nbs/05_vae.ipynb #cell-086
+# %% ../nbs/05_vae.ipynb #cell-088
 @torch.no_grad()
 def channel_cost(vae: VideoVAE) -> Tensor:  # (c,), mean 1
     "Squared pixel error for one unit of error in one latent, by channel: measured on grey, one channel at a time."
@@ -507,7 +511,7 @@ def channel_cost(vae: VideoVAE) -> Tensor:  # (c,), mean 1
     cost = (moved - still).square().flatten(1).sum(1)
     return cost / cost.mean()
 
-# %% ../nbs/05_vae.ipynb #cell-091
+# %% ../nbs/05_vae.ipynb #cell-093
 def in_pieces(clip: Tensor, later: int) -> Iterator[Tensor]:  # later: 4 (or 8, 12, ...) for frames, 1 (or more) for latents
     "Cut (b c f h w) along time: frame 0 alone, then `later` frames at a time."
     yield clip[:, :, :1]
@@ -523,7 +527,7 @@ def alike(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         if size != wanted: raise ValueError(f"want pieces (b c . h w) of one size, got {size} after {wanted}")
         yield piece
 
-# %% ../nbs/05_vae.ipynb #cell-092
+# %% ../nbs/05_vae.ipynb #cell-094
 @torch.no_grad()
 def encode_stream(vae: VideoVAE, pieces: Iterable[Tensor]) -> Iterator[Tensor]:  # each (b 3 f h w): 1 frame, then 4n
     "Latents of each piece as soon as it is there; together they are the latents of the whole clip. Keeps no gradients."
@@ -537,7 +541,7 @@ def decode_stream(vae: VideoVAE, pieces: Iterable[Tensor]) -> Iterator[Tensor]: 
     cache: FrameCache = {}
     for piece in alike(pieces): yield vae.decode(piece, cache=cache)
 
-# %% ../nbs/05_vae.ipynb #cell-102
+# %% ../nbs/05_vae.ipynb #cell-104
 def spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     "Cover 0..length by stretches of `tile` that share `overlap` or more; the last is moved back to end where the picture ends."
     if not 0 <= overlap < tile: raise ValueError(f"want an overlap from 0 to less than the tile, got overlap {overlap} of tile {tile}")
@@ -550,7 +554,7 @@ def ramp(length: int, overlap: int) -> Tensor:
     rising = torch.arange(1.0, length + 1)
     return torch.minimum(rising, rising.flip(0)).clamp(max=overlap + 1)
 
-# %% ../nbs/05_vae.ipynb #cell-104
+# %% ../nbs/05_vae.ipynb #cell-106
 @torch.no_grad()
 def blend_tiles(code: Callable, x: Tensor, tile: int, overlap: int, scale: float) -> Tensor:  # scale: places out for one place in
     "`code` on overlapping tiles of (b c f h w), blended linearly: near what `code(x)` gives."
@@ -566,7 +570,7 @@ def blend_tiles(code: Callable, x: Tensor, tile: int, overlap: int, scale: float
         weight[place] += high[:, None] * wide
     return out.div_(weight)
 
-# %% ../nbs/05_vae.ipynb #cell-105
+# %% ../nbs/05_vae.ipynb #cell-107
 def check_tiles(tile: int, overlap: int) -> None:
     "Refuse tiles that do not begin and end on whole latents."
     if tile % 8 or overlap % 8: raise ValueError(f"want tile and overlap in multiples of 8 pixels, got {tile} and {overlap}")
