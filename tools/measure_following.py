@@ -3,10 +3,14 @@
 For each person: r of the driver's *true* curve with what MediaPipe measures in the generated film; the same with the other driver's curve; and the two drivers'
 curves among themselves (what a perfect system would show in the second column). The instrument's own ceiling: the true film of the performance, measured alike.
 
+What is left in the second column may be chance (two smooth curves of three seconds resemble each other) or a leak. So each person is also filmed with every other driver at the
+partner: how much of a curve's variance does the partner's driver cause, and is r with a driver larger when they are in the film than when they are not?
+
 Four instruments: MediaPipe's distances (`measure_expression`), MediaPipe's landmarks read by lines laid on *blurred* drawings of other people, chapter 03's encoder, and the pixels."""
 
 import argparse
 import json
+from functools import cache
 
 import cv2
 import numpy as np
@@ -146,6 +150,21 @@ def pixel_reader(people, seed, size, count=1200):
     return lambda frames, people: [{"mouth_open": ruler(frames)} for ruler in rulers]
 
 
+def caused_by_partners(film_of, person, own, drivers="abcd"):
+    "Print what changes in a person's curves, by MediaPipe, when only the partner's driver does."
+    partners = [name for name in drivers if name != own]
+    seen = [measured(film_of((own, name) if person == 0 else (name, own)), 2)[person] for name in partners]
+    for factor in ("yaw", "mouth_open"):
+        films = np.stack([one[factor].numpy() for one in seen])
+        share = films.var(0, ddof=1).mean() / films.mean(0).var()
+        beyond = {}
+        for i, name in enumerate(partners):  # the same curve in the film where this driver moves the partner, and in the two where they do not
+            other, chance = curves(name)[factor], r(curves(name)[factor], curves(own)[factor])
+            beyond[name] = r(other, films[i]) - chance, np.mean([r(other, films[j]) - chance for j in range(len(partners)) if j != i])
+        print(f"person {person + 1} driven by {own}, {factor:10s}: partners cause {share:.3f} of the variance; excess of r with them in the film (and not in it): "
+              + ", ".join(f"{name} {here:+.2f} ({absent:+.2f})" for name, (here, absent) in beyond.items()))  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="tiny")
@@ -158,13 +177,18 @@ def main():
     readers = {"MediaPipe": measured, "MediaPipe, calibrated": calibrated_reader(), "encoder": encoder_reader(pipeline.encoder, pipeline.config)}
     tables = {reader: {} for reader in [*readers, "pixels"]}
     portrait, (people, seed) = read_image(data_samples("portrait_two.png")), (2, 9004)
+
+    @cache
+    def film_of(pair):
+        return pipeline(portrait, [data_samples(f"driver_{k}.mp4") for k in pair], steps=args.steps, guidance=args.guidance, window=args.window, show=False).frames
+
     for pair in args.pairs:
-        film = pipeline(portrait, [data_samples(f"driver_{k}.mp4") for k in pair], steps=args.steps, guidance=args.guidance, window=args.window, show=False)
-        truth = (true_film(people, seed, pair, film.frames.shape[1:3]).permute(0, 2, 3, 1) * 255).byte().numpy()
+        frames = film_of(tuple(pair))
+        truth = (true_film(people, seed, pair, frames.shape[1:3]).permute(0, 2, 3, 1) * 255).byte().numpy()
         if "pixels" not in readers:
-            readers["pixels"] = pixel_reader(people, seed, film.frames.shape[1:3])
+            readers["pixels"] = pixel_reader(people, seed, frames.shape[1:3])
         for reader, read in readers.items():
-            seen, best = read(film.frames, 2), read(truth, 2)
+            seen, best = read(frames, 2), read(truth, 2)
             for name in seen[0].keys() & FACTORS.keys():
                 for k in (0, 1):
                     own, other = (curves(pair[j])[name] for j in (k, 1 - k))
@@ -177,6 +201,8 @@ def main():
             mean = np.mean([v for (_, n, _), v in rows.items() if n == name], 0)
             worst = max(abs(v[1] - v[2]) for (_, n, _), v in rows.items() if n == name)
             print(f"mean {name:12s} own {mean[0]:.2f}, ceiling {mean[3]:.2f}; largest |other - drivers' own| {worst:.2f}")
+    for person, own in ((0, "a"), (0, "b"), (0, "c"), (1, "a"), (1, "b"), (1, "d")):
+        caused_by_partners(film_of, person, own)
 
 
 if __name__ == "__main__":
