@@ -24,8 +24,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import OneLineParser, as_frames, data_samples, read_image, read_video, tile_frames, write_image, write_video
-from .expression import ExpressionEncoder
+from .expression import ExpressionEncoder, Features
 from .flow import euler, guided, heun, multistep, time_grid, to_velocity
+from .tokens import strengthen
 from .tracking import FaceTrack, align_crop, track_faces
 from .train import Animator, image_condition, owners_from_portrait
 from .vae import VideoVAE, decode_stream, in_pieces
@@ -40,11 +41,11 @@ class PipelineConfig:
 
     face_height: float = 47.5  # pixels: the mean size of faces in training
     most_pixels: int = 96 * 1024  # a larger working picture is refused: its faces would be many and small
-    window: int = 2  # latent frames a window has beside the portrait's; 0: no windows, every frame by itself
+    window: int = 0  # latent frames a window has beside the portrait's; 0: no windows, every frame by itself
     overlap: int = 1  # latent frames that neighbouring windows share
     steps: int = 1
     guidance: float = 1.0
-    draws: int = 6  # films from different noises, averaged: 1 = a sample, more = towards the mean of all samples
+    draws: int = 3  # films from different noises, averaged: 1 = a sample, more = towards the mean of all samples
     shift: float = 5.0
     prediction: str = "clean"
     crop: int = 64  # pixels of the encoder's crops
@@ -317,12 +318,15 @@ class PortraitPipeline(StoredPipeline):
         crops = align_crop(pictures, track, self.config.crop, self.config.keep_roll)
         return torch.cat([self.encoder(part.to(self.device)).pack() for part in crops.split(64)])
 
-    def performances(self, picture, people, films, tracks, assign) -> Tensor:  # (p 1+4n 554)
-        "Everybody's features: the portrait's own moment, then the driver's, held at the end up to a whole window."
+    def performances(self, picture, people, films, tracks, assign, **dials) -> Tensor:  # (p 1+4n 554)
+        "Everybody's features: the portrait's own moment, then the driver's (as strong as the dials say), held at the end up to a whole window."
         rows, length = [], len(films[0])
         for k, face in enumerate(people, 1):
-            own = self.features(picture[None], face)
-            moved = self.features(films[assign.index(k)], tracks[assign.index(k)]) if k in assign else own.expand(length, -1)
+            own = moved = self.features(picture[None], face)
+            if k in assign:
+                moved = self.features(films[assign.index(k)], tracks[assign.index(k)])
+                moved = strengthen(Features.unpack(moved), **dials).pack()
+            moved = moved.expand(length, -1)
             rows.append(torch.cat([own, moved, moved[-1:].expand(-length % 4, -1)]))
         return torch.stack(rows)
 
@@ -341,19 +345,24 @@ class PortraitPipeline(StoredPipeline):
         solver: str | None = None,  # "euler", "heun" or "multistep"
         interval: tuple[float, float] | None = None,  # times (low, high) at which to guide
         window: int | None = None,  # latent frames of a window; 0: every frame by itself
+        mouth: float = 1.0,  # strength of the drivers' mouths: 0 = their mean, 1 = as performed, above 1 = exaggerated (chapter 04)
+        emotion: float = 1.0,
+        overall: float = 1.0,  # of everything, the head too
     ) -> Animation:
         "Animate everybody who has a driver. Raises ValueError for pictures without faces, too many drivers, wrong assignments or settings."
         asked = dict(steps=steps, guidance=guidance, draws=draws, solver=solver, interval=interval, window=window)
         c, drivers = replace(self.config, **{k: v for k, v in asked.items() if v is not None}), drivers if isinstance(drivers, list) else [drivers]
         if frames is not None and frames < 1:
             raise ValueError(f"want at least one frame, got frames={frames}")
+        if min(mouth, emotion, overall) < 0:
+            raise ValueError(f"want strengths of 0 or more, got mouth={mouth}, emotion={emotion}, overall={overall}")
         picture = load_portrait(portrait)
         people = find_people(picture)
         films, tracks, fps = find_drivers(drivers, len(people), frames, show)
         assign = check_assignment(assign, len(tracks), len(people))
         working, boxes, size = fit_portrait(picture, face_boxes(people), c)
         owners = owners_from_portrait(boxes, working.shape[:2], 5, 8 * self.animator.dit.config.patch[1]).to(self.device)
-        features = self.performances(picture, people, films, tracks, assign)
+        features = self.performances(picture, people, films, tracks, assign, mouth=mouth, emotion=emotion, overall=overall)
         latents = self.vae.encode(torch.from_numpy(working).permute(2, 0, 1)[None, :, None].to(self.device) / 127.5 - 1)
         rounds = tqdm(range(c.draws), desc="draws", unit="draw", disable=not show or c.draws == 1)
         latents = sum(denoise(self.animator, c, latents, features, owners, seed + 7919 * k, show and c.draws == 1) for k in rounds) / c.draws
@@ -376,7 +385,7 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-061
+# %% ../nbs/11_animate.ipynb #cell-063
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -392,6 +401,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only at these times, 0 to 1; fewer passes (default: what the weights recommend)")
     parser.add_argument("--draws", type=int, help="films from different noises, averaged (default: what the weights recommend)")
     parser.add_argument("--window", type=int, help="latent frames that are drawn together; 0 = every frame by itself (default: what the weights recommend)")
+    for dial, what in (("mouth", "the drivers' mouths"), ("emotion", "their emotions"), ("overall", "all they do, heads too")):
+        parser.add_argument(f"--{dial}", type=float, default=1.0, metavar="STRENGTH", help=f"how strong {what}: 0 = at rest, 1 = as performed (default), above 1 = exaggerated")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--height", type=int, default=256, help="height of the written film in pixels; 0 = as generated (default: 256)")
     parser.add_argument("--compare", action="store_true", help="lay the drivers beside the result")
@@ -400,7 +411,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-# %% ../nbs/11_animate.ipynb #cell-062
+# %% ../nbs/11_animate.ipynb #cell-064
 def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     "Raise before the work starts where a file could not be written after it."
     if path is None:
@@ -416,7 +427,7 @@ def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     probe.touch()
     probe.unlink()
 
-# %% ../nbs/11_animate.ipynb #cell-063
+# %% ../nbs/11_animate.ipynb #cell-065
 def run_animation(args: argparse.Namespace) -> None:
     "What `fantasy-animate` does once its arguments are read."
     for path in [args.portrait, *args.drive]:
@@ -427,7 +438,8 @@ def run_animation(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     pipeline = PortraitPipeline.from_pretrained(args.weights)
-    film = pipeline(args.portrait, args.drive, args.frames, args.steps, args.guidance, args.seed, args.assign, not args.quiet, args.draws, args.solver, args.interval, args.window)
+    names = ("frames", "steps", "guidance", "seed", "assign", "draws", "solver", "interval", "window", "mouth", "emotion", "overall")
+    film = pipeline(args.portrait, args.drive, show=not args.quiet, **{name: getattr(args, name) for name in names})
     gaps = [int((~track.present).sum()) for track in film.tracks]
     if any(gaps):
         print(f"note: frames without a visible driver face, filled in: {gaps} of {len(film.frames)}", file=sys.stderr)
@@ -436,7 +448,7 @@ def run_animation(args: argparse.Namespace) -> None:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-# %% ../nbs/11_animate.ipynb #cell-064
+# %% ../nbs/11_animate.ipynb #cell-066
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)

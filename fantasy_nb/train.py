@@ -274,7 +274,7 @@ class LatentClips:
     def __init__(self, *folders: Path):
         self.clips: dict[int, dict] = {}
         for folder in folders:
-            files, start = sorted(Path(folder).glob("clips-*.safetensors")), len(self.clips)
+            files, start = sorted(Path(folder).glob("clips-*.safetensors")), max(self.clips, default=-1) + 1
             if not files:
                 raise FileNotFoundError(f"no clips-*.safetensors in {folder}: fill it first (`fantasy-train` does)")
             for file in files:
@@ -539,6 +539,8 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
     settings = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr), ("loss", args.loss), ("seed", args.seed)) if v is not None}
     kinds, config = STAGES[stage]
     cache = args.cache or (run.parent if args.stage == "all" else run) / "cache"  # stages of one run share their pictures
+    if any(cache.glob("clips-*.safetensors")):
+        raise ValueError(f"want a cache with folders {' and '.join(kinds)} in it, found clips-*.safetensors in {cache} itself: move them one folder down")
     config, device = replace(config, **settings), default_device()
     parts = args.parts or data_samples("weights", args.config)
     vae, encoder = VideoVAE.from_pretrained(parts / "vae").to(device).eval(), ExpressionEncoder.from_pretrained(parts / "encoder").to(device).eval()
@@ -567,11 +569,11 @@ def run_training(args: argparse.Namespace) -> int:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     weights = args.out or args.run / "weights"
     if args.stage != "all":
-        if args.stage == "clips" and not args.init:
-            print("fantasy-train: clips from random weights, without stills before them (--init): heads will hardly follow", file=sys.stderr)
+        if args.stage != "stills" and not args.init:
+            print(f"fantasy-train: {args.stage} from random weights, without stills before them (--init): heads will hardly follow", file=sys.stderr)
         run_stage(args, args.stage, args.run, args.init, weights)
         return 0
-    alone = [f"--{name}" for name in ("cache", "clips", "steps", "lr", "loss") if getattr(args, name) is not None]
+    alone = [f"--{name}" for name in ("clips", "steps", "lr", "loss") if getattr(args, name) is not None]
     if alone:
         raise ValueError(f"{' and '.join(alone)} belong to one stage: say which with --stage {', --stage '.join(STAGES)}")
     init = args.init

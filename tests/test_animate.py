@@ -203,6 +203,17 @@ def test_solvers_and_guidance_interval_reach_the_film(pipeline):
     assert np.array_equal(nowhere, films["euler"].astype(np.uint8)) and not np.array_equal(everywhere, nowhere)
 
 
+def test_dials_turn_the_performance_and_not_the_portrait(pipeline):
+    films = {s: pipeline(PORTRAIT, DRIVERS, frames=6, draws=1, overall=s, show=False).frames.astype(float) for s in (0.0, 0.5, 1.0)}
+    assert np.array_equal(films[1.0], pipeline(PORTRAIT, DRIVERS, frames=6, draws=1, show=False).frames)
+    motion = {s: np.abs(np.diff(f, axis=0)).mean() for s, f in films.items()}
+    assert motion[0.0] < 1e-3 < motion[0.5] < motion[1.0], motion  # at rest nothing moves
+    mouths = pipeline(PORTRAIT, DRIVERS, frames=6, draws=1, mouth=0.0, show=False).frames
+    assert np.abs(mouths - films[1.0]).mean() > 0.1
+    with pytest.raises(ValueError, match="strengths of 0 or more"):
+        pipeline(PORTRAIT, DRIVERS, frames=4, mouth=-1.0, show=False)
+
+
 @pytest.mark.parametrize("wrong, said", [(dict(solver="rk4"), "solver"), (dict(interval=(0.8, 0.2)), "interval"), (dict(interval=(0.0, 2.0)), "interval"), (dict(steps=0), "step")])
 def test_wrong_pipeline_options_are_named(wrong, said):
     with pytest.raises(ValueError, match=said):

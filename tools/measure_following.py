@@ -11,6 +11,7 @@ Four instruments: MediaPipe's distances (`measure_expression`), MediaPipe's land
 import argparse
 import json
 from functools import cache
+from itertools import product
 
 import cv2
 import numpy as np
@@ -150,12 +151,13 @@ def pixel_reader(people, seed, size, count=1200):
     return lambda frames, people: [{"mouth_open": ruler(frames)} for ruler in rulers]
 
 
-def caused_by_partners(film_of, person, own, drivers="abcd"):
-    "Print what changes in a person's curves, by MediaPipe, when only the partner's driver does."
+def caused_by_partners(film_of, read_mouths, person, own, drivers="abcd"):
+    "Print what changes in a person's curves (head by MediaPipe, mouth by `read_mouths`) when only the partner's driver does."
     partners = [name for name in drivers if name != own]
-    seen = [measured(film_of((own, name) if person == 0 else (name, own)), 2)[person] for name in partners]
-    for factor in ("yaw", "mouth_open"):
-        films = np.stack([one[factor].numpy() for one in seen])
+    films_of = [film_of((own, name) if person == 0 else (name, own)) for name in partners]
+    seen = [measured(film, 2)[person] | read_mouths(film, 2)[person] for film in films_of]
+    for factor in ("yaw", "roll", "mouth_open"):
+        films = np.stack([np.asarray(one[factor]) for one in seen])
         share = films.var(0, ddof=1).mean() / films.mean(0).var()
         beyond = {}
         for i, name in enumerate(partners):  # the same curve in the film where this driver moves the partner, and in the two where they do not
@@ -201,8 +203,9 @@ def main():
             mean = np.mean([v for (_, n, _), v in rows.items() if n == name], 0)
             worst = max(abs(v[1] - v[2]) for (_, n, _), v in rows.items() if n == name)
             print(f"mean {name:12s} own {mean[0]:.2f}, ceiling {mean[3]:.2f}; largest |other - drivers' own| {worst:.2f}")
-    for person, own in ((0, "a"), (0, "b"), (0, "c"), (1, "a"), (1, "b"), (1, "d")):
-        caused_by_partners(film_of, person, own)
+    print("what the partner's driver causes (head by MediaPipe, mouth by pixels)")
+    for person, own in product((0, 1), "abcd"):
+        caused_by_partners(film_of, readers["pixels"], person, own)
 
 
 if __name__ == "__main__":
