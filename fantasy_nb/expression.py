@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS', 'VALUES', 'COPIES', 'DIRECTIONS', 'AGREED',
-           'ROUGHLY', 'ROUNDS', 'Features', 'ExpressionConfig', 'ConvBlock', 'Hourglass', 'FaceBackbone', 'FeatureHead',
-           'ExpressionEncoder', 'fit_size', 'release_name', 'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops',
-           'Bank', 'render_bank', 'pair_loss', 'value_means', 'centre_blocks', 'fisher_directions', 'agreement',
-           'normal', 'shake_crop', 'lose_detail', 'relight', 'occlude', 'augment', 'last_layer', 'hidden_features',
-           'hidden_of_pictures', 'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers', 'train_encoder',
-           'lesson', 'calibrate', 'fit_ruler', 'probe']
+           'ROUGHLY', 'ROUNDS', 'PARTS_OF_A_COURSE', 'Features', 'ExpressionConfig', 'ConvBlock', 'Hourglass',
+           'FaceBackbone', 'FeatureHead', 'ExpressionEncoder', 'fit_size', 'release_name', 'sweep_or_sample',
+           'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank', 'stored_bank', 'pair_loss', 'value_means',
+           'centre_blocks', 'fisher_directions', 'agreement', 'normal', 'shake_crop', 'lose_detail', 'relight',
+           'occlude', 'augment', 'last_layer', 'hidden_features', 'hidden_of_pictures', 'partners_targets',
+           'pixel_codes', 'lay_lines', 'set_last_layers', 'Course', 'save_course', 'load_course', 'train_encoder',
+           'calibrate', 'build_parser', 'main', 'run_course', 'fit_ruler', 'probe']
 
 # %% ../nbs/03_expression.ipynb #cell-003
+import argparse
+import csv
 import json
 import math
+import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .core import OneLineParser, atomic, default_device
 from .faces import Expression, Identity, render_crops
 
 # %% ../nbs/03_expression.ipynb #cell-010
@@ -68,8 +74,8 @@ class ExpressionConfig:
 
     @classmethod
     def mini(cls):
-        "For one GPU and minutes."
-        return cls(image_size=128, width=128, hidden=256, heatmaps=64, readout=4, mouth_embed=0, keep_roll=True)
+        "For an hour of two CPU cores, or minutes of a GPU."
+        return cls(image_size=128, width=64, hidden=128, heatmaps=64, readout=8, mouth_embed=0, keep_roll=True)
 
     @classmethod
     def tiny(cls):
@@ -301,7 +307,30 @@ def render_bank(
         dealt.append(cards)
     return Bank(torch.stack(pictures), torch.stack(dealt))
 
-# %% ../nbs/03_expression.ipynb #cell-035
+# %% ../nbs/03_expression.ipynb #cell-033
+def stored_bank(
+    folder: Path,
+    blocks: int,
+    size: int,  # pixels
+    seed: int,
+    device=None,
+    progress: bool = True,  # show a bar
+    jitter: float = 0.02,  # of `dealt_block`
+) -> Bank:
+    "`render_bank`, kept in files of twenty blocks: what lies there already is not drawn again."
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for k in tqdm(range(0, blocks, 20), desc="pictures, 1,280 at a time", leave=False, disable=not progress):
+        count, first = min(20, blocks - k), seed + 10 * k
+        path = folder / f"{size}px_{first}_{count}_{jitter}.safetensors"
+        if not path.exists():
+            bank = render_bank(count, size, first, device, False, jitter)
+            with atomic(path) as part:
+                save_file({"pictures": bank.pictures, "dealt": bank.dealt}, part)
+        parts.append(load_file(path))
+    return Bank(*(torch.cat([part[name] for part in parts]) for name in ("pictures", "dealt")))
+
+# %% ../nbs/03_expression.ipynb #cell-036
 def pair_loss(
     z: Tensor,  # (n d) one group's features
     label: Tensor,  # (n,) which value of the group each picture shows
@@ -314,7 +343,7 @@ def pair_loss(
     share = (label[:, None] == label[None]) & ~itself
     return -similarity.masked_fill(itself, float("-inf")).log_softmax(-1)[share].mean()
 
-# %% ../nbs/03_expression.ipynb #cell-038
+# %% ../nbs/03_expression.ipynb #cell-039
 def value_means(z: Tensor, label: Tensor) -> Tensor:  # (n d), (n,) -> (n d)
     "For each picture the mean over all that share its value."
     label = label - label.min()
@@ -352,7 +381,7 @@ def agreement(z: Tensor, label: Tensor) -> Tensor:  # (n d), (n,) -> (d,)
     rest = (z - value_means(z, label)).square().sum(0) * COPIES / (COPIES - 1)
     return (1 - rest / z.square().sum(0)).clamp(0, 1)
 
-# %% ../nbs/03_expression.ipynb #cell-043
+# %% ../nbs/03_expression.ipynb #cell-044
 def normal(like: Tensor, g: torch.Generator, *shape) -> Tensor:  # (n *shape) normal numbers on the device of `like`
     "One draw for each picture."
     return torch.randn(len(like), *shape, generator=g).to(like)
@@ -404,7 +433,7 @@ def augment(
     noise = 0.06 * strength * torch.rand(len(x), 1, 1, 1, generator=g).to(x) * normal(x, g, *x.shape[1:])
     return (x + noise).clamp(-1, 1)
 
-# %% ../nbs/03_expression.ipynb #cell-046
+# %% ../nbs/03_expression.ipynb #cell-047
 DIRECTIONS = {"head": 16, "eyes": 14, "emotion": 14, "mouth": 14}  # lessons of each group; features are chosen among them afterwards
 AGREED = 0.2  # a direction becomes a feature if pictures that share a value agree on it at least so far
 ROUGHLY = 0.1  # how far such pictures differ when features are chosen, in shares of a factor's range
@@ -456,7 +485,7 @@ def pixel_codes(pictures: Tensor, count: int = 400) -> Tensor:  # (n 3 s s) uint
     mean = grey.mean(0)
     return (grey - mean) @ torch.pca_lowrank(grey[:6000] - mean, min(count, len(grey), grey.shape[1]), center=False)[2]
 
-# %% ../nbs/03_expression.ipynb #cell-047
+# %% ../nbs/03_expression.ipynb #cell-048
 def lay_lines(
     projections: nn.ModuleDict,
     hidden: dict[str, Tensor],  # {group: (n hidden)}
@@ -468,7 +497,7 @@ def lay_lines(
         solution = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]).to(x), x.T @ targets[name][0].double())
         layer.weight.data.copy_(solution[:-1].T), layer.bias.data.copy_(solution[-1])
 
-# %% ../nbs/03_expression.ipynb #cell-051
+# %% ../nbs/03_expression.ipynb #cell-052
 def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> None:
     "Each group's features: its directions in its own hidden features, weighted by agreement and turned at random so that no feature stands alone."
     hidden, g = hidden_of_pictures(encoder, bank.pictures.flatten(0, 1)), torch.Generator().manual_seed(seed)
@@ -481,7 +510,83 @@ def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> No
         matrix = turn @ (directions * agreed.sqrt())[:, kept].T
         layer.weight.data.copy_(matrix), layer.bias.data.copy_(-matrix @ mean)
 
-# %% ../nbs/03_expression.ipynb #cell-053
+# %% ../nbs/03_expression.ipynb #cell-054
+class Course:
+    "An encoder's training so far."
+
+    def __init__(self, config: ExpressionConfig, settings: dict, device=None):
+        torch.manual_seed(settings["seed"])
+        self.settings, self.device = settings | {"config": asdict(config)}, device or torch.device("cpu")
+        self.g, self.step = torch.Generator().manual_seed(settings["seed"]), 0
+        self.encoder = ExpressionEncoder(config).to(device, memory_format=torch.channels_last).train()
+        lines = {name: nn.Linear(last_layer(self.encoder, name).in_features, DIRECTIONS[name]) for name in GROUPS}
+        self.projections = nn.ModuleDict(lines).to(device)
+        learned = [*self.encoder.parameters(), *self.projections.parameters()]
+        self.optimizer = torch.optim.AdamW(learned, settings["learning_rate"], (0.9, 0.98), weight_decay=0.05)
+        self.blocks = self.targets = None  # of this round
+
+    def new_targets(self, bank: Bank) -> None:
+        "A round begins: the first reads pixels, the others what the network has learned."
+        first = self.targets is None
+        self.blocks = torch.arange(min(300, len(bank))) if first else torch.randperm(len(bank), generator=self.g)[: self.settings["pool"]]
+        here = bank[self.blocks]
+        if first:
+            self.targets = partners_targets(pixel_codes(here.pictures.flatten(0, 1)).to(self.device), here)
+            return
+        with self.precision():
+            hidden = hidden_of_pictures(self.encoder, here.pictures.flatten(0, 1))
+        self.targets = partners_targets(torch.cat(list(hidden.values()), 1), here)
+        lay_lines(self.projections, hidden, self.targets)
+
+    def precision(self):
+        "Half the bits (bfloat16) where `settings` ask for it."
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["bf16"])
+
+    def lesson(self, bank: Bank) -> dict:  # {group: loss}
+        "One step."
+        s, done = self.settings, self.step / self.settings["steps"]
+        self.optimizer.param_groups[0]["lr"] = s["learning_rate"] * min(1, (self.step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * done))
+        strength = s["strength"] * min(1.0, max(0.0, (done - 0.2) / 0.3))
+        i = torch.randint(len(self.blocks) * VALUES * COPIES, (s["batch"],), generator=self.g)
+        places = self.blocks[i // (VALUES * COPIES)], i % (VALUES * COPIES)
+        crops = as_crops(bank.pictures[places].to(self.device))
+        with self.precision():
+            hidden = hidden_features(self.encoder, augment(crops, self.g, strength) if strength else crops)
+            said = {name: self.projections[name](hidden[name]).float() for name in GROUPS}
+        losses = {}
+        for name, (target, weight) in self.targets.items():
+            losses[name] = ((said[name] - target[i.to(self.device)]).square() * (weight / weight.sum())).sum(1).mean()
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(self.encoder.parameters(), 5.0)
+        self.optimizer.step()
+        self.step += 1
+        return {name: loss.item() for name, loss in losses.items()}
+
+# %% ../nbs/03_expression.ipynb #cell-055
+PARTS_OF_A_COURSE = ("encoder", "projections", "optimizer")
+
+
+def save_course(course: Course, path) -> None:
+    "Atomic: the old checkpoint stays until the new one is whole."
+    state = {name: getattr(course, name).state_dict() for name in PARTS_OF_A_COURSE}
+    state |= {"settings": course.settings, "step": course.step, "dice": course.g.get_state(), "blocks": course.blocks, "targets": course.targets}
+    with atomic(path) as part:
+        torch.save(state, part)
+
+
+def load_course(course: Course, path) -> None:
+    "Go on exactly where a run stopped. Raises ValueError, naming them, where settings differ."
+    state = torch.load(path, map_location=course.device, weights_only=True)
+    changed = {k: (v, course.settings.get(k)) for k, v in state["settings"].items() if v != course.settings.get(k)}
+    if changed:
+        raise ValueError(f"{path} belongs to another run: {changed} (stored, asked for); start a new run or keep its settings")
+    for name in PARTS_OF_A_COURSE:
+        getattr(course, name).load_state_dict(state[name])
+    course.step, course.blocks, course.targets = state["step"], state["blocks"].cpu(), state["targets"]
+    course.g.set_state(state["dice"].cpu())
+
+# %% ../nbs/03_expression.ipynb #cell-056
 def train_encoder(
     config: ExpressionConfig,
     steps: int = 3600,
@@ -493,49 +598,35 @@ def train_encoder(
     rounds: tuple = ROUNDS,
     strength: float = 0.5,  # of the augmentation, reached after half of the steps
     learning_rate: float = 2e-3,
+    bf16: bool = False,  # half the bits, twice as fast where the device can
     device=None,
     progress: bool = True,  # show bars
     log=None,  # called with (step, {group: loss}) after every step
+    checkpoint=None,  # a file: written every 100 steps and at the end; if it is there, the run goes on from it
+    max_minutes: float = math.inf,  # stop earlier (with a checkpoint); what was learned so far is returned
 ) -> ExpressionEncoder:  # calibrated, in eval mode
     "Train on pictures that share one group's value; no true factor is ever a target."
-    torch.manual_seed(seed)
-    g = torch.Generator().manual_seed(seed)
+    device = torch.device(device or "cpu")
     bank = render_bank(500, config.image_size, 5_000_000, device, progress) if bank is None else bank
-    encoder = ExpressionEncoder(config).to(device, memory_format=torch.channels_last).train()
-    projections = nn.ModuleDict({name: nn.Linear(last_layer(encoder, name).in_features, DIRECTIONS[name]) for name in GROUPS}).to(device)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *projections.parameters()], learning_rate, (0.9, 0.98), weight_decay=0.05)
-    here, turns = bank[:300], {round(share * steps) for share in rounds}
-    targets = partners_targets(pixel_codes(here.pictures.flatten(0, 1)).to(device), here)
-    for step in tqdm(range(steps), desc="encoder", leave=False, disable=not progress):
+    settings = dict(steps=steps, seed=seed, blocks=len(bank), batch=batch, pool=pool, rounds=list(rounds), strength=strength, learning_rate=learning_rate, bf16=bf16)
+    course, turns, began = Course(config, settings, device), {0} | {round(share * steps) for share in rounds}, time.monotonic()
+    if checkpoint and Path(checkpoint).exists():
+        load_course(course, checkpoint)
+    for step in tqdm(range(course.step, steps), desc="encoder", initial=course.step, total=steps, leave=False, disable=not progress):
         if step in turns:
-            here = bank[torch.randperm(len(bank), generator=g)[:pool]]
-            hidden = hidden_of_pictures(encoder, here.pictures.flatten(0, 1))
-            targets = partners_targets(torch.cat(list(hidden.values()), 1), here)
-            lay_lines(projections, hidden, targets)
-        done = step / steps
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * done))
-        losses = lesson(encoder, projections, here, targets, batch, strength * min(1.0, max(0.0, (done - 0.2) / 0.3)), g)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(encoder.parameters(), 5.0)
-        optimizer.step()
+            course.new_targets(bank)
+        losses, late = course.lesson(bank), time.monotonic() - began > 60 * max_minutes
         if log:
-            log(step, {name: loss.item() for name, loss in losses.items()})
+            log(step, losses)
+        if checkpoint and (course.step % 100 == 0 or course.step == steps or late):
+            save_course(course, checkpoint)
+        if late:
+            break
     rough = render_bank(120, config.image_size, 9_000_000, device, progress, ROUGHLY) if rough is None else rough
-    set_last_layers(encoder.eval(), rough, seed)
-    return calibrate(encoder, rough.pictures[:16].flatten(0, 1))
+    set_last_layers(course.encoder.eval(), rough, seed)
+    return calibrate(course.encoder, rough.pictures[:16].flatten(0, 1))
 
-
-def lesson(encoder, projections, bank: Bank, targets: dict, batch: int, strength: float, g) -> dict:  # {group: loss}
-    "Some pictures, disturbed; predict what their partners say."
-    i = torch.randint(len(bank) * VALUES * COPIES, (batch,), generator=g)
-    device = next(encoder.parameters()).device
-    crops = as_crops(bank.pictures.flatten(0, 1)[i].to(device))
-    hidden = hidden_features(encoder, augment(crops, g, strength) if strength else crops)
-    error = {name: (projections[name](hidden[name]) - targets[name][0][i.to(device)]).square() for name in GROUPS}
-    return {name: (error[name] * (weight / weight.sum())).sum(1).mean() for name, (_, weight) in targets.items()}
-
-# %% ../nbs/03_expression.ipynb #cell-055
+# %% ../nbs/03_expression.ipynb #cell-058
 @torch.no_grad()
 def calibrate(
     encoder: ExpressionEncoder,
@@ -555,7 +646,65 @@ def calibrate(
         last.bias.sub_(mean).div_(scale).add_(1)
     return encoder
 
-# %% ../nbs/03_expression.ipynb #cell-061
+# %% ../nbs/03_expression.ipynb #cell-064
+def build_parser() -> argparse.ArgumentParser:
+    "Arguments of `fantasy-train-encoder`."
+    parser = OneLineParser("fantasy-train-encoder", description="Train an expression encoder on pictures drawn in pairs; no true factor is ever a target.")
+    parser.add_argument("--config", choices=["tiny", "mini"], default="tiny", help="size of the encoder (default: tiny)")
+    parser.add_argument("--run", type=Path, default=None, help="folder of pictures, checkpoint and log (default: runs/encoder-CONFIG)")
+    parser.add_argument("--steps", type=int, default=3600, help="training steps (default: 3600)")
+    parser.add_argument("--blocks", type=int, default=500, help="blocks of 64 pictures to learn from (default: 500)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="half the bits: twice as fast where the device can")
+    parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly")
+    parser.add_argument("--max-minutes", type=float, default=math.inf, help="stop, with a checkpoint, after so many minutes of training")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the weights (default: RUN/weights)")
+    return parser
+
+
+def main(arguments=None) -> int:
+    "`fantasy-train-encoder`: draw pictures, train, write weights."
+    args = build_parser().parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        return run_course(args)
+    except (FileNotFoundError, ValueError, OSError) as error:
+        print(f"fantasy-train-encoder: {error}", file=sys.stderr)
+        return 2
+
+
+def run_course(args: argparse.Namespace) -> int:
+    "What the command does once its arguments are read."
+    run, config, device = args.run or Path(f"runs/encoder-{args.config}"), getattr(ExpressionConfig, args.config)(), default_device()
+    checkpoint, log = run / "checkpoint.pt", run / "log.csv"
+    if checkpoint.exists() and not args.resume:
+        raise ValueError(f"{checkpoint} is there already: --resume goes on from it, another --run starts anew")
+    if args.blocks < 2 or args.steps < 1:
+        raise ValueError(f"want at least 2 blocks and 1 step, got --blocks {args.blocks} --steps {args.steps}")
+    run.mkdir(parents=True, exist_ok=True)
+    bank = stored_bank(run / "pictures", args.blocks, config.image_size, 5_000_000, device)
+    rough = stored_bank(run / "pictures", math.ceil(0.24 * args.blocks), config.image_size, 9_000_000, device, jitter=ROUGHLY)
+    last = 0
+    with open(log, "a", newline="") as file:
+        table = csv.writer(file)
+        if not file.tell():
+            table.writerow(["step", *GROUPS])
+
+        def write(step, losses):
+            nonlocal last
+            last = step + 1
+            if step % 20 == 0:
+                table.writerow([step, *(round(losses[name], 4) for name in GROUPS)])
+                file.flush()
+
+        encoder = train_encoder(config, args.steps, args.seed, bank, rough, bf16=args.bf16, device=device, log=write, checkpoint=checkpoint, max_minutes=args.max_minutes)
+    encoder.save_pretrained(args.out or run / "weights")
+    print(f"weights in {args.out or run / 'weights'}" + (f" after {last} of {args.steps} steps; --resume goes on" if 0 < last < args.steps else ""))
+    return 0
+
+# %% ../nbs/03_expression.ipynb #cell-066
 def fit_ruler(
     features: Tensor,  # (n d)
     factors: Tensor,  # (n k) true values

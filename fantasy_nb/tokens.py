@@ -30,6 +30,11 @@ class TokenConfig:
     expand: int = 4  # the feed-forward layer is this many times wider
     frame_position: bool = False  # add an embedding of the frame's place in its window
 
+    def __post_init__(self):
+        known = [name for name, _ in self.queries]
+        if set(self.learnable) - set(known) or len(set(self.learnable)) < len(self.learnable):
+            raise ValueError(f"want each of {', '.join(known)} at most once among the learnable groups, got {self.learnable}")
+
     @classmethod
     def release(cls):
         "The released token adapter, to the last parameter."
@@ -101,10 +106,10 @@ def strengthen(
 ) -> Features:
     "Move the groups towards their rest, or beyond the performance: rest + strength * (features - rest)."
     scaled = {}
-    for name, strength in dict(head=overall, eyes=overall, emotion=emotion * overall, mouth=mouth * overall).items():
+    for name, s in dict(head=overall, eyes=overall, emotion=emotion * overall, mouth=mouth * overall).items():
         x = getattr(features, name)
-        still = x.mean(-2, keepdim=True) if rest is None else getattr(rest, name)
-        scaled[name] = x if strength == 1 else still + strength * (x - still)
+        r = x.mean(-2, keepdim=True) if rest is None else getattr(rest, name)
+        scaled[name] = x if s == 1 else r + s * (x - r)
     return Features(**scaled)
 
 # %% ../nbs/04_tokens.ipynb #cell-027
@@ -123,10 +128,12 @@ class ExpressionTokens(nn.Module):
         if self.place is not None:
             nn.init.normal_(self.place.weight, std=0.02)
 
-    def forward(self, features, mouth=1.0, emotion=1.0, overall=1.0, place=True) -> Tensor:  # Features or (b f 554) -> (b f 24 d)
-        "The three dials are those of `strengthen`; place=False: frames that are no part of a window."
+    def forward(self, features, mouth=1.0, emotion=1.0, overall=1.0, place=True, rest=None) -> Tensor:  # Features or (b f 554) -> (b f 24 d)
+        "The three dials and `rest` are those of `strengthen`; place=False: frames that are no part of a window."
         x = features if isinstance(features, Features) else Features.unpack(features)
-        x = strengthen(x, mouth, emotion, overall)
+        if self.place is not None and place and x.head.ndim != 3:
+            raise ValueError(f"want features (b f 554) to know each frame's place, got {tuple(x.head.shape[:-1])} + (554,): add a batch axis, or place=False")
+        x = strengthen(x, mouth, emotion, overall, rest)
         linear = self.norm(torch.stack([project(getattr(x, name)) for name, project in self.linear.items()], -2))
         learnable = []
         for name, resample in self.resamplers.items():  # every frame on its own: a sequence of one vector

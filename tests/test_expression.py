@@ -167,6 +167,47 @@ def test_training_is_repeatable_calibrated_and_learns():
         assert abs(x.mean() - 1) < 0.2 and 0.5 < x.var(0).mean() < 2
 
 
+def test_a_course_goes_on_exactly_where_it_stopped(tmp_path):
+    from fantasy_nb.expression import render_bank, train_encoder
+
+    config = ExpressionConfig(image_size=24, width=16, depth=1, hidden=32, heatmaps=8, readout=2, mouth_embed=0)
+    bank, rough = (render_bank(4, 24, seed, progress=False, jitter=jitter) for seed, jitter in ((0, 0.02), (9000, 0.1)))
+    options = dict(rough=rough, batch=32, pool=3, rounds=(0.5,), strength=1.0, progress=False)
+    whole, seen = train_encoder(config, 8, 0, bank, **options), []
+    for _ in range(9):  # stopped after every single step; the last call finds nothing left to do
+        pieces = train_encoder(config, 8, 0, bank, **options, checkpoint=tmp_path / "c.pt", max_minutes=0, log=lambda step, loss: seen.append(step))
+    assert seen == list(range(8))
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), pieces.state_dict().values()))
+    with pytest.raises(ValueError, match="another run.*'batch': .32, 16."):
+        train_encoder(config, 8, 0, bank, **options | dict(batch=16), checkpoint=tmp_path / "c.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_pictures_are_drawn_once(tmp_path):
+    from fantasy_nb.expression import render_bank, stored_bank
+
+    fresh, again = render_bank(21, 8, 7, progress=False), [stored_bank(tmp_path, 21, 8, 7, progress=False) for _ in range(2)]
+    assert all(torch.equal(fresh.pictures, b.pictures) and torch.equal(fresh.dealt, b.dealt) for b in again)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    next(iter(times)).unlink()
+    stored_bank(tmp_path, 21, 8, 7, progress=False)
+    assert sum(path.stat().st_mtime_ns != t for path, t in times.items()) == 1
+
+
+def test_train_encoder_command(tmp_path, capsys):
+    from fantasy_nb.expression import main
+
+    command = ["--run", str(tmp_path / "run"), "--steps", "3", "--blocks", "2"]
+    assert main([*command, "--max-minutes", "0"]) == 0
+    assert "after 1 of 3 steps; --resume goes on" in capsys.readouterr().out
+    assert main(command) == 2 and "--resume goes on from it" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0 and "steps" not in capsys.readouterr().out
+    assert ExpressionEncoder.from_pretrained(tmp_path / "run/weights").config == ExpressionConfig.tiny()
+    assert (tmp_path / "run/log.csv").read_text().startswith("step,head,eyes,emotion,mouth")
+    assert main(["--run", str(tmp_path / "other"), "--blocks", "1"]) == 2 and "at least 2 blocks" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_augment_keeps_range_and_is_gentle_at_zero():
     from fantasy_nb.expression import augment
 

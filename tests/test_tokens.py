@@ -201,3 +201,21 @@ def test_strength_dials(tiny):
     silent = strengthen(x, mouth=0.0, rest=Features.unpack(torch.zeros(554)))
     assert (silent.mouth == 0).all() and torch.equal(silent.emotion, x.emotion)
     assert torch.equal(tiny(x, mouth=0.0), tiny(strengthen(x, mouth=0.0))) and not torch.allclose(tiny(x, mouth=0.0), tiny(x))
+
+
+def test_wrong_groups_and_unbatched_features_are_refused():
+    for learnable in (("lips",), ("mouth", "mouth")):
+        with pytest.raises(ValueError, match="want each of head, eyes, emotion, mouth at most once"):
+            TokenConfig(learnable=learnable)
+    tokens = ExpressionTokens(TokenConfig.tiny()).eval()
+    with pytest.raises(ValueError, match=r"want features \(b f 554\).*got \(24,\) \+ \(554,\)"):
+        tokens(torch.rand(24, 554))
+    assert tokens(torch.rand(24, 554), place=False).shape == (24, 24, 64)
+
+
+def test_rest_is_where_a_dial_at_zero_ends():
+    tokens, x = ExpressionTokens(TokenConfig.tiny()).eval(), torch.rand(1, 5, 554)
+    rest = Features.unpack(torch.rand(1, 1, 554))
+    with torch.no_grad():
+        still = tokens(x, overall=0.0, place=False, rest=rest)
+        assert torch.allclose(still, tokens(rest.pack().expand(1, 5, 554), place=False), atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fantasy_nb.core import data_samples, read_video
-from fantasy_nb.expression import GROUPS, ExpressionConfig, ExpressionEncoder, Features, fit_ruler
+from fantasy_nb.expression import GROUPS, ExpressionEncoder, Features, fit_ruler, fit_size
 from fantasy_nb.faces import EMOTIONS, Expression, Identity, render_crops
 from fantasy_nb.tracking import align_crop, measure_expression, quiet, to_pixels, track_faces
 
@@ -54,7 +54,7 @@ def share_right(x, label, fit, penalty=1e-3):
     return ((x @ weight + bias).argmax(1) == label)[~fit].float().mean().item()
 
 
-def faces(people, each, seed, size=64):
+def faces(people, each, seed, size):
     "`each` random expressions of each of `people` random people."
     who, expression = torch.arange(people).repeat_interleave(each), Expression.sample(people * each, seed)
     return who, expression, render_crops(Identity.sample(people, seed)[who], expression, size)
@@ -107,7 +107,7 @@ def real_films(encoder, folder, rulers):
     for name, people in (("biden.mp4", 1), ("two_person.mp4", 2)):
         frames, _ = read_video(folder / name)
         for k, track in enumerate(track_faces(frames, people)):
-            features = Features.unpack(in_batches(lambda c: encoder(c).pack(), align_crop(frames, track, 64, keep_roll=True)))
+            features = Features.unpack(in_batches(lambda c: encoder(c).pack(), align_crop(frames, track, encoder.config.image_size, keep_roll=encoder.config.keep_roll)))
             seen, row = measure_expression(track), []
             for factor, (group, ruler) in rulers.items():
                 row.append(f"{factor} {np.corrcoef(ruler(getattr(features, group))[:, 0], np.asarray(seen[factor]))[0, 1]:.2f}")
@@ -120,11 +120,12 @@ def main():
     parser.add_argument("--real", type=Path, default=Path(__file__).parents[2] / "shared" / "real")
     args = parser.parse_args()
     encoder = ExpressionEncoder.from_pretrained(args.weights).eval()
+    size = encoder.config.image_size
     torch.manual_seed(0)
-    blank = ExpressionEncoder(ExpressionConfig.tiny()).eval()
+    blank = ExpressionEncoder(encoder.config).eval()
     views = {"ours": lambda c: encoder(c).pack(), "untrained": lambda c: blank(c).pack()}
 
-    who, expression, crops = faces(200, 10, 31_001)
+    who, expression, crops = faces(200, 10, 31_001, size)
     everything, rulers = torch.ones(len(who), dtype=torch.bool), {}
     packed = {name: in_batches(f, crops) for name, f in views.items()}
     table = {name: ({g: getattr(Features.unpack(x), g) for g in GROUPS}, everything) for name, x in packed.items()}
@@ -136,7 +137,7 @@ def main():
         rulers[factor] = group, fit_ruler(table["ours"][0][group], getattr(expression, factor)[:, None])
 
     print("\nwho is it? 50 people, share right")
-    who, expression, crops = faces(50, 40, 32_001)
+    who, expression, crops = faces(50, 40, 32_001, size)
     marks, found = landmarks_of(render_crops(Identity.sample(50, 32_001)[who], expression, 128))
     everything = torch.ones(len(who), dtype=torch.bool)
     leakage({name: (in_batches(f, crops), everything) for name, f in views.items()} | {"landmarks": (marks, found)}, who, 40)
@@ -144,7 +145,7 @@ def main():
     print("\nwhose expression is nearest? 200 expressions, each by two people; chance 0.005")
     expression = Expression.sample(200, 33_001)
     pair = [render_crops(Identity.sample(200, seed), expression, 128) for seed in (33_001, 33_002)]
-    small = [F.interpolate(c, 64, mode="bilinear", antialias=True) for c in pair]
+    small = [fit_size(c, size) for c in pair]
     for name, f in views.items():
         a, b = (in_batches(f, c) for c in small)
         both = per_group(torch.cat([a, b]))
