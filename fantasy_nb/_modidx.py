@@ -362,6 +362,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fantasy_nb.regions.add_expression': ('regions.html#add_expression', 'fantasy_nb/regions.py'),
                                     'fantasy_nb.regions.attention_mask': ('regions.html#attention_mask', 'fantasy_nb/regions.py'),
                                     'fantasy_nb.regions.box_masks': ('regions.html#box_masks', 'fantasy_nb/regions.py'),
+                                    'fantasy_nb.regions.check_compat': ('regions.html#check_compat', 'fantasy_nb/regions.py'),
                                     'fantasy_nb.regions.count_pixels': ('regions.html#count_pixels', 'fantasy_nb/regions.py'),
                                     'fantasy_nb.regions.face_regions': ('regions.html#face_regions', 'fantasy_nb/regions.py'),
                                     'fantasy_nb.regions.follow_boxes': ('regions.html#follow_boxes', 'fantasy_nb/regions.py'),

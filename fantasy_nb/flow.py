@@ -85,7 +85,7 @@ def flow_loss(
     generator: torch.Generator | None = None,
     measure: Callable | None = None, # (answer, target) -> errors (b ...); None: squared differences
 ) -> FlowLoss:
-    "Mean squared error (or another) of the model's answer at a random time (float32, whatever the model runs in)."
+    "Mean squared error (or another) of the model's answer at a random time (float32, whatever the model runs in); a sample whose weight is 0 throughout counts as 0."
     b = len(x0)
     if t is None: t = uniform_times(b, shift, generator, x0.device)
     if noise is None: noise = _draw(torch.randn, x0.shape, generator, x0.device).to(x0.dtype)
@@ -118,14 +118,15 @@ def to_velocity(
     prediction: str = "velocity",  # what that answer is
     floor: float = 1e-3,           # smallest time divided by
 ) -> Tensor:
-    "A network's answer as a velocity: itself, or (x - clean) / t."
+    "A network's answer as a velocity: itself, or (x - clean) / t (below `floor` divided by `floor`, so too small there)."
     if prediction == "velocity": return output
     if prediction != "clean": raise ValueError(f'want prediction "velocity" or "clean", got {prediction!r}')
     return (x - output) / like(t, x).clamp_min(floor)
 
 
 def as_velocity(model: Callable, prediction: str = "velocity") -> Callable:
-    "Wrap a network as v(x, t)."
+    "Wrap a network as v(x, t). Raises ValueError for a prediction that is neither."
+    flow_target(torch.zeros(()), torch.zeros(()), prediction)
     return lambda x, t: to_velocity(x, t, model(x, t), prediction)
 
 # %% ../nbs/08_flow.ipynb #cell-026
@@ -138,7 +139,7 @@ def time_grid(
     if steps < 1: raise ValueError(f"want at least 1 step, got {steps}")
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device), shift).float()
 
-# %% ../nbs/08_flow.ipynb #cell-029
+# %% ../nbs/08_flow.ipynb #cell-031
 def euler(
     velocity: Callable,                 # v(x (b ...), t (b,)) -> (b ...)
     x: Tensor,                          # (b ...) at time grid[0]
@@ -153,7 +154,7 @@ def euler(
         if progress: progress(i + 1, steps, x)
     return x
 
-# %% ../nbs/08_flow.ipynb #cell-032
+# %% ../nbs/08_flow.ipynb #cell-034
 def heun(velocity: Callable, x: Tensor, grid: Tensor, progress: Callable | None = None) -> Tensor:
     "Walk dx/dt = v with the mean of the slopes at both ends of a step (the step onto t = 0 is Euler's). As `euler`."
     steps = len(grid) - 1
@@ -165,7 +166,7 @@ def heun(velocity: Callable, x: Tensor, grid: Tensor, progress: Callable | None 
         if progress: progress(i + 1, steps, x)
     return x
 
-# %% ../nbs/08_flow.ipynb #cell-034
+# %% ../nbs/08_flow.ipynb #cell-036
 def multistep(velocity: Callable, x: Tensor, grid: Tensor, progress: Callable | None = None) -> Tensor:
     "Walk dx/dt = v along a line through the last two velocities (Adams-Bashforth, any grid): one evaluation a step, second order. As `euler`."
     steps, before = len(grid) - 1, None
@@ -176,7 +177,7 @@ def multistep(velocity: Callable, x: Tensor, grid: Tensor, progress: Callable | 
         if progress: progress(i + 1, steps, x)
     return x
 
-# %% ../nbs/08_flow.ipynb #cell-049
+# %% ../nbs/08_flow.ipynb #cell-051
 @torch.no_grad()
 def sample(
     model: Callable,                   # network or any (x, t) -> answer
@@ -196,7 +197,7 @@ def sample(
         noise = _draw(torch.randn, shape, generator, device)
     return solver(as_velocity(model, prediction), noise, time_grid(steps, shift), progress)
 
-# %% ../nbs/08_flow.ipynb #cell-061
+# %% ../nbs/08_flow.ipynb #cell-063
 def guide(
     v_no_expr: Tensor,                # (b ...) prompt, no expression
     v_expr: Tensor,                   # (b ...) prompt and expression
@@ -209,7 +210,7 @@ def guide(
     base = v_no_expr if v_uncond is None else v_uncond + g_text * (v_no_expr - v_uncond)
     return base + g * (v_expr - v_no_expr)
 
-# %% ../nbs/08_flow.ipynb #cell-064
+# %% ../nbs/08_flow.ipynb #cell-066
 def guided(
     v_no_expr: Callable,                             # (x (b ...), t (b,)) -> velocity: prompt, no expression
     v_expr: Callable,                                # the same: prompt and expression
@@ -218,7 +219,7 @@ def guided(
     v_uncond: Callable | None = None,                # the same: neither; only with text guidance
     g_text: float | None = None,                     # text guidance
 ) -> Callable:
-    "v(x, t) with guidance inside the interval; outside it `v_expr` alone runs."
+    "v(x, t) with guidance inside the interval; outside it `v_expr` alone runs, without text guidance too."
     low, high = (0.0, 1.0) if interval is None else interval
     if not 0 <= low <= high <= 1: raise ValueError(f"want an interval 0 <= low <= high <= 1, got {interval}")
     if (v_uncond is None) != (g_text is None): raise ValueError("text guidance wants both v_uncond and g_text, got one of them")

@@ -465,3 +465,54 @@ def test_the_zero_memory_learns():
     loss().backward()
     memory = dit.blocks[0].cross_attention.memories["expression"]
     assert memory.value.weight.grad.abs().sum() > 0 and not memory.key.weight.grad.any()  # the paper's start: values first
+
+
+# what must not pass in silence
+
+def test_a_driver_that_is_not_a_number_is_refused_by_name():
+    good, bad = torch.zeros(1, 2, 3, 4), torch.full((1, 2, 3, 4), torch.nan)
+    with pytest.raises(ValueError, match="finite tokens.*person 2"):
+        people_tokens([good, bad, good])
+
+
+@pytest.mark.parametrize("call", [
+    lambda c: face_regions(boxes_of([0, 0, 8, 8]), (16, 16), compat=c),
+    lambda c: pool_regions(torch.zeros(1, 16, 16, dtype=torch.uint8), 1, compat=c),
+    lambda c: people_tokens([torch.zeros(1, 1, 2, 4)], compat=c),
+    lambda c: attention_mask(torch.tensor([[0, 1, 2]]), 2, 3, compat=c),
+])  # fmt: skip
+def test_a_misspelt_compat_is_refused(call):
+    call("release"), call(None)
+    with pytest.raises(ValueError, match='want compat=None or "release", got \'relase\''):
+        call("relase")
+
+
+def test_the_release_has_no_mask_for_one_person():
+    with pytest.raises(ValueError, match="no mask for one person"):
+        attention_mask(torch.tensor([[0, 1]]), 1, 3, compat="release")
+
+
+def test_follow_boxes_starts_where_the_driver_first_appears():
+    driver = torch.tensor([[torch.nan] * 4, [10.0, 10, 30, 30], [14, 10, 34, 30]])
+    boxes = follow_boxes(torch.tensor([100.0, 100, 140, 140]), driver)
+    assert boxes[0].isnan().all() and boxes[1].tolist() == [100, 100, 140, 140] and boxes[2].tolist() == [108, 100, 148, 140]
+    with pytest.raises(ValueError, match="at least one frame, got none"):
+        follow_boxes(torch.tensor([0.0, 0, 9, 9]), torch.full((3, 4), torch.nan))
+
+
+def test_isolation_holds_from_the_554_features_on():
+    "Through tokens and windows as well: the gradient at face i with respect to driver j's features is exactly zero."
+    from fantasy_nb.tokens import ExpressionTokens, TokenConfig, window_tokens
+
+    torch.manual_seed(0)
+    tokens, memory = ExpressionTokens(TokenConfig.tiny()).eval(), ExpressionAttention(64, 32, 2)
+    _ = [torch.nn.init.normal_(p) for p in memory.parameters()]
+    features = [torch.randn(1, 5, 554, requires_grad=True) for _ in range(3)]
+    windows = [window_tokens(tokens(f)) for f in features]
+    owners = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+    mask = attention_mask(owners, 3, windows[0][0].shape[2], keep=windows[0][1])
+    key, value = memory.keys_values(people_tokens([w for w, _ in windows]))
+    answer = memory(torch.randn(1, 8, 2, 16), key, value, memory.guard(key, mask[None], 1.0, (1, 2, 4)))
+    for owner in range(4):
+        slopes = torch.autograd.grad(answer[0, owners.flatten() == owner].square().sum(), features, retain_graph=True)
+        assert [bool(g.any()) for g in slopes] == [owner == k for k in (1, 2, 3)]
