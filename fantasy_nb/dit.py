@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RELEASED', 'WEIGHTS', 'INDEX', 'DiTConfig', 'Patchify', 'rope_3d', 'apply_rope', 'attend', 'RMSNorm', 'LayerNorm',
            'SelfAttention', 'Memory', 'CrossAttention', 'time_features', 'Modulation', 'Block', 'Head', 'init_weights',
-           'pad_text', 'fill_text', 'weight_of_fill', 'check_latents', 'released_name', 'save_model', 'weight_files',
+           'pad_text', 'fill_text', 'weight_of_fill', 'token_grid', 'released_name', 'save_model', 'weight_files',
            'read_model', 'StoredDiT', 'ListeningDiT', 'DiT', 'diffusers_class', 'as_diffusers']
 
 # %% ../nbs/06_dit.ipynb #cell-003
@@ -13,7 +13,7 @@ import inspect
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass(frozen=True)
 class DiTConfig:
     "Dimensions of a diffusion transformer, and nothing else: no paths, no devices."
-    in_channels: int = 36  # noise 16 + mask 4 + image latents 16
+    in_channels: int = 36  # noise 16 + 4 that say which frames are given (1) and which to be made (0) + image latents 16
     out_channels: int = 16
     patch: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows, columns in one token
     width: int = 5120
@@ -49,13 +49,13 @@ class DiTConfig:
 
     @classmethod
     def tiny(cls):
-        "Learns on two CPU cores: 48-channel latents, a token for each, no text, no image memory."
+        "Learns on two CPU cores: 48-channel latents (48 + 4 + 48 come in), a token for each, no text, no image memory."
         return cls(100, 48, (1, 1, 1), width=128, ffn=512, heads=4, layers=6, text_width=None, image_width=None)
 
     @classmethod
     def mini(cls):
-        "Learns on one GPU in minutes: 16-channel latents, no text, no image memory."
-        return cls(36, 16, width=384, ffn=1536, heads=6, layers=10, text_width=None, image_width=None)
+        "Meant for one GPU, not trained yet: 48-channel latents, no text, no image memory."
+        return cls(100, 48, width=384, ffn=1536, heads=6, layers=10, text_width=None, image_width=None)
 
     @classmethod
     def wan_14b(cls):
@@ -82,13 +82,13 @@ def rope_3d(
     grid: tuple[int, int, int],  # tokens along time, rows, columns
     head_width: int,
     device: torch.device | str | None = None,
-    theta: float = 10000.0,
+    base: float = 10000.0,
 ) -> Tensor:  # (t*h*w, head_width / 2, 2): cosine and sine of every angle, float32
-    "Rotations for tokens on a 3-D grid. As Wan: a sixth of the pairs (rounded down) for rows, as many for columns, the rest for time."
+    "Rotations for tokens on a 3-D grid. As Wan: head_width // 6 pairs for rows, as many for columns, the rest for time."
     space = 2 * (head_width // 6)
     angles = []
     for axis, (size, d) in enumerate(zip(grid, (head_width - 2 * space, space, space))):
-        frequency = theta ** (-torch.arange(0, d, 2, device=device) / d)
+        frequency = base ** (-torch.arange(0, d, 2, device=device) / d)
         angle = torch.outer(torch.arange(size, device=device), frequency)
         shape = [1, 1, 1, -1]
         shape[axis] = size
@@ -312,7 +312,7 @@ def weight_of_fill(
     return F.pad(key.new_tensor([math.log(missing + 1)]), (key.shape[1] - 1, 0)).view(1, 1, 1, -1)
 
 
-def check_latents(x: Tensor, t: Tensor, config: DiTConfig) -> tuple[int, int, int]:
+def token_grid(x: Tensor, t: Tensor, config: DiTConfig) -> tuple[int, int, int]:
     "The grid of tokens (t, h, w). Raises ValueError where the latents or the times do not fit."
     if x.ndim != 5 or x.shape[1] != config.in_channels:
         raise ValueError(f"want latents (b {config.in_channels} t h w), got {tuple(x.shape)}")
@@ -412,6 +412,9 @@ class StoredDiT(nn.Module):
         "Read what `save_pretrained` wrote. Raises FileNotFoundError, or ValueError for an expression memory that nobody adds."
         config, state = read_model(folder, device)
         width = config.pop("expression_width", None)
+        strange = sorted(set(config) - {field.name for field in fields(DiTConfig)})
+        if strange:
+            raise ValueError(f"{folder} was not saved by a DiT of ours: its config has {', '.join(strange[:3])}; want a folder made by save_pretrained")
         if width and add_expression is None:
             raise ValueError(f"{folder} has an expression memory: want from_pretrained(folder, fantasy_nb.regions.add_expression)")
         with torch.device("meta"):
@@ -446,6 +449,10 @@ class ListeningDiT(StoredDiT):
         for name in set(given) - set(self.memory_names):
             hint = "; want add_expression(dit, token_width) first" if name == "expression" else ""
             raise ValueError(f"this DiT has no {name} memory, it has {self.memory_names or 'none'}{hint}")
+        for name, tokens in given.items():
+            want = self.expression_width if name == "expression" else getattr(self.config, f"{name}_width")
+            if tokens.shape[-1] != want:
+                raise ValueError(f"want {name} tokens of width {want}, got {tuple(tokens.shape)}")
         embedded = {name: self.embed(name, tokens) for name, tokens in given.items()}
         return [
             {name: block.cross_attention.memories[name].keys_values(tokens) for name, tokens in embedded.items()}
@@ -487,7 +494,7 @@ class DiT(ListeningDiT):
         self,
         x: Tensor,  # (b c t h w): noisy latents, 4 mask channels, image latents
         t: Tensor,  # (b,) in 0..1000
-        text: Tensor | None = None,  # (b n d)
+        text: Tensor | None = None,  # (b n d); None: nobody speaks (Wan's empty prompt is one token)
         image: Tensor | None = None,  # (b 257 1280)
         expression: Tensor | None = None,  # (b t e d)
         expression_mask: Tensor | None = None,  # (b t n e) bool, True = may attend
@@ -495,9 +502,13 @@ class DiT(ListeningDiT):
         memories: list[dict] | None = None,  # from `prepare`, instead of text, image and expression
     ) -> Tensor:  # (b out_channels t h w)
         "Predict from noisy latents at time t. Raises ValueError for shapes that do not fit."
-        grid = check_latents(x, t, self.config)
+        grid = token_grid(x, t, self.config)
         if memories is None:
             memories = self.prepare(text, image, expression)
+        elif any(tokens is not None for tokens in (text, image, expression)):
+            raise ValueError("want memories, or text, image and expression: got both")
+        if expression_mask is not None and "expression" not in memories[0]:
+            raise ValueError("want expression tokens with an expression_mask, got none")
         if isinstance(expression_scale, (int, float)) and expression_scale == 0:
             memories = [{name: kv for name, kv in block.items() if name != "expression"} for block in memories]
         shape = (len(x), grid[0], grid[1] * grid[2])
@@ -506,7 +517,7 @@ class DiT(ListeningDiT):
         embedded = self.time_embedding(time_features(t, self.config.frequencies).to(self.time_embedding[0].weight.dtype))
         time = self.time_projection(embedded).float().unflatten(1, (6, -1))
         tokens = self.patchify(x)
-        for block, memory in zip(self.blocks, memories):
+        for block, memory in zip(self.blocks, memories, strict=True):
             again = self.gradient_checkpointing and torch.is_grad_enabled()  # forget inside, recompute on the way back
             args = (tokens, time, rope, memory, guards)
             tokens = checkpoint(block, *args, use_reentrant=False) if again else block(*args)

@@ -374,3 +374,26 @@ def test_one_filled_place_stands_for_all(words):
     assert relative(attend(query, *few, weight_of_fill(few[0], 512)), want) < 1e-5
     if words < 511:
         assert relative(attend(query, *few), want) > 1e-3  # without the weight it is another answer
+
+
+def test_forward_refuses_what_it_would_ignore():
+    dit = DiT(DiTConfig(8, 4, width=32, ffn=48, heads=2, layers=2, text_width=16, image_width=None)).eval()
+    x, t, words = torch.randn(1, 8, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 16)
+    memories = dit.prepare(text=words)
+    with pytest.raises(ValueError, match="got both"):
+        dit(x, t, text=words, memories=memories)
+    with pytest.raises(ValueError, match="expression_mask, got none"):
+        dit(x, t, text=words, expression_mask=torch.ones(1, 1, 4, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="shorter|longer"):  # zip's own words
+        dit(x, t, memories=memories[:1])
+    with pytest.raises(ValueError, match=r"want text tokens of width 16, got \(1, 3, 15\)"):
+        dit(x, t, text=words[..., :15])
+
+
+def test_a_folder_of_wan_itself_is_refused_in_one_line(tmp_path):
+    dit = DiT(DiTConfig(8, 4, width=32, ffn=48, heads=2, layers=1, text_width=None, image_width=None))
+    dit.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"width"', '"attention_head_dim"'))
+    with pytest.raises(ValueError, match="not saved by a DiT of ours: its config has attention_head_dim"):
+        DiT.from_pretrained(tmp_path)

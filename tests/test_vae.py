@@ -336,3 +336,46 @@ def test_channel_cost_is_the_pixel_error_of_one_unit(tiny):
         moved[0, channel, 1, 2, 2] = 0.5
         with torch.no_grad(): errors.append((vae.decode(moved) - vae.decode(z)).square().sum().item())
     assert errors[1] / errors[0] == pytest.approx((cost[47] / cost[0]).item(), rel=0.5)
+
+
+def test_released_statistics_of_the_latents(wan_pair):
+    "Mean and deviation of the wan preset are diffusers'."
+    w, c = VAEConfig.wan(), wan_pair[1].config
+    assert list(w.latents_mean) == list(c.latents_mean) and list(w.latents_std) == list(c.latents_std)
+
+
+@torch.no_grad()
+def test_equals_diffusers_at_full_width():
+    "The wan preset itself, 127 million random parameters, five frames of 16x16."
+    from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    torch.manual_seed(0)
+    ours, theirs = VideoVAE(VAEConfig.wan()).eval(), AutoencoderKLWan().eval()
+    theirs.load_state_dict(convert_wan_vae_to_diffusers({n.removeprefix("model."): t for n, t in ours.release_state_dict().items()}), strict=True)
+    clip = video(5, 16, 16)
+    want = theirs.encode(clip).latent_dist.mean
+    assert (ours.posterior(clip).mean - want).norm() <= 1e-4 * want.norm()
+    back = theirs.decode(want).sample
+    assert (ours.reconstruct(want).clamp(-1, 1) - back).norm() <= 1e-4 * back.norm()
+
+
+def test_one_cache_may_serve_both_ways():
+    torch.manual_seed(0)
+    vae, clip, cache = VideoVAE(VAEConfig.tiny()).eval(), video(5), {}
+    with torch.no_grad():
+        latents = vae.encode(clip[:, :, :1], cache=cache)
+        assert vae.decode(latents, cache=cache).shape[2] == 1  # latent frame 0, although the cache is not empty
+        assert vae.decode(vae.encode(clip[:, :, 1:], cache=cache), cache=cache).shape[2] == 4
+
+
+def test_training_that_runs_out_of_batches_says_so():
+    with pytest.raises(ValueError, match="want 3 batches, got 1"):
+        train_vae(SMALL_MINI, [video(5, 16, 16)], 3)
+    train_vae(SMALL_MINI, [video(5, 16, 16)] * 2, 1, fit=(video(5, 16, 16, seed=k) for k in range(3)))
+
+
+@pytest.mark.parametrize("size", [(0, 8, 8), (1, 4, 4), (1, 0, 8)])
+def test_empty_videos_are_refused(size):
+    with pytest.raises(ValueError, match="at least one frame of 8x8"):
+        VideoVAE(VAEConfig.tiny()).encode(torch.zeros(1, 3, *size))
