@@ -236,6 +236,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fantasy_nb.expression.release_name': ('expression.html#release_name', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.relight': ('expression.html#relight', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.render_bank': ('expression.html#render_bank', 'fantasy_nb/expression.py'),
+                                       'fantasy_nb.expression.retexture': ('expression.html#retexture', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.run_course': ('expression.html#run_course', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.save_course': ('expression.html#save_course', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.set_last_layers': ( 'expression.html#set_last_layers',

@@ -287,9 +287,11 @@ class StoredPipeline:
     def from_pretrained(cls, name="tiny", device="cpu") -> "PortraitPipeline":
         "Weights shipped under a name (`tiny`), or a folder written by `save_pretrained`. Raises FileNotFoundError naming what is missing."
         folder = Path(name) if Path(name).is_dir() else data_samples("weights", str(name))
-        if not folder.is_dir():
-            shipped = sorted(p.name for p in data_samples("weights").iterdir() if p.is_dir())
-            raise FileNotFoundError(f"no weights {str(name)!r}: want a folder or one of {shipped}")
+        missing = [part for part in ("vae", "encoder", "dit", "tokens") if not (folder / part).is_dir()]
+        if missing:
+            shipped = sorted(p.parent.name for p in data_samples("weights").glob("*/dit"))
+            lacks = f", {folder} lacks {', '.join(missing)}" if len(missing) < 4 else ""
+            raise FileNotFoundError(f"no weights {str(name)!r}{lacks}: want a folder with vae, encoder, dit and tokens, or one of {shipped}")
         vae = VideoVAE.from_pretrained(folder / "vae").to(device)
         encoder = ExpressionEncoder.from_pretrained(folder / "encoder").to(device)
         stored = folder / "pipeline.json"

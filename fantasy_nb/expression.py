@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS', 'VALUES', 'COPIES', 'DIRECTIONS', 'AGREED',
-           'ROUGHLY', 'ROUNDS', 'PARTS_OF_A_COURSE', 'Features', 'ExpressionConfig', 'ConvBlock', 'Hourglass',
-           'FaceBackbone', 'FeatureHead', 'ExpressionEncoder', 'fit_size', 'release_name', 'sweep_or_sample',
-           'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank', 'stored_bank', 'pair_loss', 'value_means',
-           'centre_blocks', 'fisher_directions', 'agreement', 'normal', 'shake_crop', 'lose_detail', 'relight',
-           'occlude', 'augment', 'last_layer', 'hidden_features', 'hidden_of_pictures', 'partners_targets',
-           'pixel_codes', 'lay_lines', 'set_last_layers', 'Course', 'save_course', 'load_course', 'train_encoder',
-           'calibrate', 'build_parser', 'main', 'run_course', 'fit_ruler', 'probe']
+           'ROUGHLY', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'Features', 'ExpressionConfig', 'ConvBlock',
+           'Hourglass', 'FaceBackbone', 'FeatureHead', 'ExpressionEncoder', 'fit_size', 'release_name',
+           'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank', 'stored_bank', 'pair_loss',
+           'value_means', 'centre_blocks', 'fisher_directions', 'agreement', 'normal', 'shake_crop', 'lose_detail',
+           'relight', 'retexture', 'occlude', 'augment', 'last_layer', 'hidden_features', 'hidden_of_pictures',
+           'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers', 'Course', 'save_course', 'load_course',
+           'train_encoder', 'calibrate', 'build_parser', 'main', 'run_course', 'fit_ruler', 'probe']
 
 # %% ../nbs/03_expression.ipynb #cell-003
 import argparse
@@ -414,6 +414,19 @@ def relight(x: Tensor, g: torch.Generator, a: float) -> Tensor:
     return torch.where(torch.rand(len(x), 1, 1, 1, generator=g).to(x) < 0.15 * a, x.mean(1, keepdim=True), x)
 
 
+def retexture(x: Tensor, g: torch.Generator, a: float) -> Tensor:
+    "Another surface: up to half of the pictures mixed with themselves seen through a random small filter, which changes textures and colours and leaves shapes (Xu et al. 2021)."
+    picked, size = torch.rand(len(x), generator=g) < 0.5 * a, (1, 3, 5)[int(torch.randint(3, (1,), generator=g))]
+    if not picked.any():
+        return x
+    y, n = x[picked.to(x.device)], int(picked.sum())
+    filters = torch.randn(3 * n, 3, size, size, generator=g).to(x)
+    z = F.conv2d(F.pad(y, [size // 2] * 4, mode="replicate").flatten(0, 1)[None], filters, groups=n).view_as(y)
+    middle, spread = (lambda p: p.mean((2, 3), keepdim=True)), (lambda p: p.std((2, 3), keepdim=True) + 1e-3)
+    z = (z - middle(z)) / spread(z) * spread(y) + middle(y)  # as bright and as lively as before
+    return x.index_put((picked.to(x.device),), y + (z - y) * torch.rand(n, 1, 1, 1, generator=g).to(x))
+
+
 def occlude(x: Tensor, g: torch.Generator, a: float) -> Tensor:
     "A box of one colour over up to a third of the crop's side, on three pictures of ten."
     n, p = len(x), (torch.arange(x.shape[-1]) + 0.5) / x.shape[-1]
@@ -427,9 +440,12 @@ def augment(
     crops: Tensor,  # (n 3 s s) in [-1, 1]
     g: torch.Generator,
     strength: float = 1.0,
+    texture: float = 0.0,  # of `retexture`
 ) -> Tensor:
     "All that real video does to a face and that is no expression."
-    x = occlude(relight(lose_detail(shake_crop(crops, g, strength), g, strength), g, strength), g, strength)
+    x = lose_detail(shake_crop(crops, g, strength), g, strength)
+    x = retexture(x, g, texture) if texture else x
+    x = occlude(relight(x, g, strength), g, strength)
     noise = 0.06 * strength * torch.rand(len(x), 1, 1, 1, generator=g).to(x) * normal(x, g, *x.shape[1:])
     return (x + noise).clamp(-1, 1)
 
@@ -438,6 +454,7 @@ DIRECTIONS = {"head": 16, "eyes": 14, "emotion": 14, "mouth": 14}  # lessons of 
 AGREED = 0.2  # a direction becomes a feature if pictures that share a value agree on it at least so far
 ROUGHLY = 0.1  # how far such pictures differ when features are chosen, in shares of a factor's range
 ROUNDS = (0.035, 0.075, 0.13, 0.2, 0.3, 0.42, 0.55, 0.7, 0.82)  # shares of the steps after which the targets are made anew
+FURTHER_ROUNDS = (0.35, 0.7)  # the same for a network that goes on
 
 
 def last_layer(encoder: ExpressionEncoder, group: str) -> nn.Linear:
@@ -514,11 +531,13 @@ def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> No
 class Course:
     "An encoder's training so far."
 
-    def __init__(self, config: ExpressionConfig, settings: dict, device=None):
+    def __init__(self, config: ExpressionConfig, settings: dict, device=None, init: ExpressionEncoder | None = None):
         torch.manual_seed(settings["seed"])
-        self.settings, self.device = settings | {"config": asdict(config)}, device or torch.device("cpu")
+        self.settings, self.device = settings | {"config": asdict(config), "further": init is not None}, device or torch.device("cpu")
         self.g, self.step = torch.Generator().manual_seed(settings["seed"]), 0
         self.encoder = ExpressionEncoder(config).to(device, memory_format=torch.channels_last).train()
+        if init is not None:
+            self.encoder.load_state_dict(init.state_dict())
         lines = {name: nn.Linear(last_layer(self.encoder, name).in_features, DIRECTIONS[name]) for name in GROUPS}
         self.projections = nn.ModuleDict(lines).to(device)
         learned = [*self.encoder.parameters(), *self.projections.parameters()]
@@ -526,8 +545,8 @@ class Course:
         self.blocks = self.targets = None  # of this round
 
     def new_targets(self, bank: Bank) -> None:
-        "A round begins: the first reads pixels, the others what the network has learned."
-        first = self.targets is None
+        "A round begins: a new network's first reads pixels, the others what the network has learned."
+        first = self.targets is None and not self.settings["further"]
         self.blocks = torch.arange(min(300, len(bank))) if first else torch.randperm(len(bank), generator=self.g)[: self.settings["pool"]]
         here = bank[self.blocks]
         if first:
@@ -546,12 +565,12 @@ class Course:
         "One step."
         s, done = self.settings, self.step / self.settings["steps"]
         self.optimizer.param_groups[0]["lr"] = s["learning_rate"] * min(1, (self.step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * done))
-        strength = s["strength"] * min(1.0, max(0.0, (done - 0.2) / 0.3))
+        strength = s["strength"] * (1.0 if s["further"] else min(1.0, max(0.0, (done - 0.2) / 0.3)))
         i = torch.randint(len(self.blocks) * VALUES * COPIES, (s["batch"],), generator=self.g)
         places = self.blocks[i // (VALUES * COPIES)], i % (VALUES * COPIES)
         crops = as_crops(bank.pictures[places].to(self.device))
         with self.precision():
-            hidden = hidden_features(self.encoder, augment(crops, self.g, strength) if strength else crops)
+            hidden = hidden_features(self.encoder, augment(crops, self.g, strength, s["texture"]) if strength else crops)
             said = {name: self.projections[name](hidden[name]).float() for name in GROUPS}
         losses = {}
         for name, (target, weight) in self.targets.items():
@@ -595,8 +614,9 @@ def train_encoder(
     rough: Bank | None = None,  # the same with `jitter=ROUGHLY`, to choose features with; 120 blocks if not given
     batch: int = 96,  # pictures a step
     pool: int = 200,  # blocks whose targets are made in a round
-    rounds: tuple = ROUNDS,
-    strength: float = 0.5,  # of the augmentation, reached after half of the steps
+    rounds: tuple | None = None,  # shares of the steps after which targets are made anew; `ROUNDS`, or `FURTHER_ROUNDS` with `init`
+    strength: float = 0.5,  # of the augmentation, reached after half of the steps (with `init`: at once)
+    texture: float = 0.0,  # of `retexture`
     learning_rate: float = 2e-3,
     bf16: bool = False,  # half the bits, twice as fast where the device can
     device=None,
@@ -604,12 +624,14 @@ def train_encoder(
     log=None,  # called with (step, {group: loss}) after every step
     checkpoint=None,  # a file: written every 100 steps and at the end; if it is there, the run goes on from it
     max_minutes: float = math.inf,  # stop earlier (with a checkpoint); what was learned so far is returned
+    init: ExpressionEncoder | None = None,  # go on with this one, in a new course
 ) -> ExpressionEncoder:  # calibrated, in eval mode
     "Train on pictures that share one group's value; no true factor is ever a target."
     device = torch.device(device or "cpu")
     bank = render_bank(500, config.image_size, 5_000_000, device, progress) if bank is None else bank
-    settings = dict(steps=steps, seed=seed, blocks=len(bank), batch=batch, pool=pool, rounds=list(rounds), strength=strength, learning_rate=learning_rate, bf16=bf16)
-    course, turns, began = Course(config, settings, device), {0} | {round(share * steps) for share in rounds}, time.monotonic()
+    rounds = rounds or (ROUNDS if init is None else FURTHER_ROUNDS)
+    settings = dict(steps=steps, seed=seed, blocks=len(bank), batch=batch, pool=pool, rounds=list(rounds), strength=strength, texture=texture, learning_rate=learning_rate, bf16=bf16)
+    course, turns, began = Course(config, settings, device, init), {0} | {round(share * steps) for share in rounds}, time.monotonic()
     if checkpoint and Path(checkpoint).exists():
         load_course(course, checkpoint)
     for step in tqdm(range(course.step, steps), desc="encoder", initial=course.step, total=steps, leave=False, disable=not progress):
@@ -653,6 +675,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", choices=["tiny", "mini"], default="tiny", help="size of the encoder (default: tiny)")
     parser.add_argument("--run", type=Path, default=None, help="folder of pictures, checkpoint and log (default: runs/encoder-CONFIG)")
     parser.add_argument("--steps", type=int, default=3600, help="training steps (default: 3600)")
+    parser.add_argument("--init", type=Path, default=None, help="folder of encoder weights to go on with (a new run, with a slope of its own)")
+    parser.add_argument("--strength", type=float, default=0.5, help="of the augmentation (default: 0.5)")
+    parser.add_argument("--texture", type=float, default=0.0, help="of other surfaces among it (default: 0, none)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    parser.add_argument("--pictures", type=Path, default=None, help="folder of drawn pictures (default: RUN/pictures)")
     parser.add_argument("--blocks", type=int, default=500, help="blocks of 64 pictures to learn from (default: 500)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="half the bits: twice as fast where the device can")
@@ -683,9 +710,13 @@ def run_course(args: argparse.Namespace) -> int:
         raise ValueError(f"{checkpoint} is there already: --resume goes on from it, another --run starts anew")
     if args.blocks < 2 or args.steps < 1:
         raise ValueError(f"want at least 2 blocks and 1 step, got --blocks {args.blocks} --steps {args.steps}")
+    init = None if args.init is None else ExpressionEncoder.from_pretrained(args.init)
+    if init is not None and init.config != config:
+        raise ValueError(f"want {args.init} to hold an encoder of size {args.config}, got {init.config}")
     run.mkdir(parents=True, exist_ok=True)
-    bank = stored_bank(run / "pictures", args.blocks, config.image_size, 5_000_000, device)
-    rough = stored_bank(run / "pictures", math.ceil(0.24 * args.blocks), config.image_size, 9_000_000, device, jitter=ROUGHLY)
+    pictures = args.pictures or run / "pictures"
+    bank = stored_bank(pictures, args.blocks, config.image_size, 5_000_000, device)
+    rough = stored_bank(pictures, math.ceil(0.24 * args.blocks), config.image_size, 9_000_000, device, jitter=ROUGHLY)
     last = 0
     with open(log, "a", newline="") as file:
         table = csv.writer(file)
@@ -699,7 +730,8 @@ def run_course(args: argparse.Namespace) -> int:
                 table.writerow([step, *(round(losses[name], 4) for name in GROUPS)])
                 file.flush()
 
-        encoder = train_encoder(config, args.steps, args.seed, bank, rough, bf16=args.bf16, device=device, log=write, checkpoint=checkpoint, max_minutes=args.max_minutes)
+        options = dict(strength=args.strength, texture=args.texture, learning_rate=args.lr, bf16=args.bf16, device=device, max_minutes=args.max_minutes, init=init)
+        encoder = train_encoder(config, args.steps, args.seed, bank, rough, log=write, checkpoint=checkpoint, **options)
     encoder.save_pretrained(args.out or run / "weights")
     print(f"weights in {args.out or run / 'weights'}" + (f" after {last} of {args.steps} steps; --resume goes on" if 0 < last < args.steps else ""))
     return 0

@@ -1,4 +1,4 @@
-"""Train the tiny VAE on the synthetic world and store it: `tools/train_tiny_vae.py data_samples/weights/tiny/vae --steps 650`.
+"""Train a VAE on the synthetic world and store it: `tools/train_vae.py data_samples/weights/tiny/vae --config tiny --steps 650`.
 
 Renders a bank of clips (kept in --bank), solves the linear code, trains the network beside it, measures it on people
 never seen in training, and writes config.json, model.safetensors (float16) and training.json.
@@ -90,6 +90,7 @@ def pca_alone(code: LinearCode):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--config", choices=["tiny", "mini"], default="tiny", help="size of the VAE")
     parser.add_argument("--steps", type=int, default=650)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--clips", type=int, default=240)
@@ -104,7 +105,7 @@ def main():
         torch.save({"train": render_bank(100_000, args.clips, 9), "test": render_bank(900_000, 14, 17)}, args.bank)
     bank = torch.load(args.bank)
     train, test = bank["train"], bank["test"]
-    start, vae = time.time(), VideoVAE(VAEConfig.tiny())
+    start, vae = time.time(), VideoVAE(getattr(VAEConfig, args.config)())
     videos = [whole(clip) for clip in train["clips"]]
     vae.code.fit(videos, [face_mask(clip, boxes, 3.0) for clip, boxes in zip(train["clips"], train["boxes"])])
     summary = {"PCA, each block by itself": measure(pca_alone(vae.code), test), "linear code with neighbours": measure(lambda v: vae.code.decode(vae.code.encode(v)), test)}
@@ -121,9 +122,9 @@ def main():
     measure_latents(vae.eval(), videos[::2])
     vae.save_pretrained(args.out, torch.float16)
     vae = VideoVAE.from_pretrained(args.out)
-    summary["VideoVAE tiny, as stored"] = measure(lambda v: vae.decode(vae.encode(v)), test)
-    (args.out / "training.json").write_text(json.dumps({"command": "tools/train_tiny_vae.py " + " ".join(sys.argv[1:]), "summary": summary, "log": log}, indent=1) + "\n")
-    print(json.dumps(summary["VideoVAE tiny, as stored"]))
+    summary[f"VideoVAE {args.config}, as stored"] = measure(lambda v: vae.decode(vae.encode(v)), test)
+    (args.out / "training.json").write_text(json.dumps({"command": "tools/train_vae.py " + " ".join(sys.argv[1:]), "summary": summary, "log": log}, indent=1) + "\n")
+    print(json.dumps(summary[f"VideoVAE {args.config}, as stored"]))
 
 
 if __name__ == "__main__":
