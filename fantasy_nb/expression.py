@@ -422,8 +422,8 @@ def retexture(x: Tensor, g: torch.Generator, a: float) -> Tensor:
     y, n = x[picked.to(x.device)], int(picked.sum())
     filters = torch.randn(3 * n, 3, size, size, generator=g).to(x)
     z = F.conv2d(F.pad(y, [size // 2] * 4, mode="replicate").flatten(0, 1)[None], filters, groups=n).view_as(y)
-    middle, spread = (lambda p: p.mean((2, 3), keepdim=True)), (lambda p: p.std((2, 3), keepdim=True) + 1e-3)
-    z = (z - middle(z)) / spread(z) * spread(y) + middle(y)  # as bright and as lively as before
+    middle, spread = (lambda p: p.mean((2, 3), keepdim=True)), (lambda p: p.std((2, 3), keepdim=True))
+    z = (z - middle(z)) / (spread(z) + 1e-3) * spread(y) + middle(y)  # as bright and as lively as before
     return x.index_put((picked.to(x.device),), y + (z - y) * torch.rand(n, 1, 1, 1, generator=g).to(x))
 
 

@@ -283,6 +283,9 @@ def test_shipped_weights_rebuild_unseen_people(tiny):
         assert -10 * error[:, :, 4, y0:y1, x0:x1].mean().log10() > 26
     assert z.shape == (1, 48, 3, 16, 24) and 0.5 < z.std() < 2 and z.mean().abs() < 0.3
     assert (folder / "model.safetensors").stat().st_size <= 4.0e6
+    mini = VideoVAE.from_pretrained(data_samples("weights", "mini", "vae"))
+    better = ((clip - mini.decode(mini.encode(clip))) / 2) ** 2
+    assert better.mean() < error.mean() and mini.encode(clip).shape == z.shape
 
 
 @pytest.mark.parametrize("height, least", [(64, 32.5), (128, 34.5)])
