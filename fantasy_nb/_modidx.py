@@ -242,6 +242,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fantasy_nb.expression.set_last_layers': ( 'expression.html#set_last_layers',
                                                                                   'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.shake_crop': ('expression.html#shake_crop', 'fantasy_nb/expression.py'),
+                                       'fantasy_nb.expression.silence_dead_units': ( 'expression.html#silence_dead_units',
+                                                                                     'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.stored_bank': ('expression.html#stored_bank', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.sweep_or_sample': ( 'expression.html#sweep_or_sample',
                                                                                   'fantasy_nb/expression.py'),

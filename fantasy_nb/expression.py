@@ -9,8 +9,9 @@ __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS'
            'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank', 'stored_bank', 'pair_loss',
            'value_means', 'centre_blocks', 'fisher_directions', 'agreement', 'normal', 'shake_crop', 'lose_detail',
            'relight', 'retexture', 'occlude', 'augment', 'last_layer', 'hidden_features', 'hidden_of_pictures',
-           'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers', 'Course', 'save_course', 'load_course',
-           'train_encoder', 'calibrate', 'build_parser', 'main', 'run_course', 'fit_ruler', 'probe']
+           'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers', 'Course', 'silence_dead_units',
+           'save_course', 'load_course', 'train_encoder', 'calibrate', 'build_parser', 'main', 'run_course',
+           'fit_ruler', 'probe']
 
 # %% ../nbs/03_expression.ipynb #cell-003
 import argparse
@@ -582,7 +583,16 @@ class Course:
         self.step += 1
         return {name: loss.item() for name, loss in losses.items()}
 
-# %% ../nbs/03_expression.ipynb #cell-055
+# %% ../nbs/03_expression.ipynb #cell-056
+@torch.no_grad()
+def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there were
+    "Units whose variance was 0 throughout training keep their constant and pass nothing on, whatever a later face may send."
+    norms = [head.trunk[2] for head in encoder.heads.values()]
+    for norm in norms:
+        norm.weight[norm.running_var < norm.eps] = 0.0
+    return sum(int((norm.weight == 0).sum()) for norm in norms)
+
+# %% ../nbs/03_expression.ipynb #cell-058
 PARTS_OF_A_COURSE = ("encoder", "projections", "optimizer")
 
 
@@ -605,7 +615,7 @@ def load_course(course: Course, path) -> None:
     course.step, course.blocks, course.targets = state["step"], state["blocks"].cpu(), state["targets"]
     course.g.set_state(state["dice"].cpu())
 
-# %% ../nbs/03_expression.ipynb #cell-056
+# %% ../nbs/03_expression.ipynb #cell-059
 def train_encoder(
     config: ExpressionConfig,
     steps: int = 3600,
@@ -645,10 +655,11 @@ def train_encoder(
         if late:
             break
     rough = render_bank(120, config.image_size, 9_000_000, device, progress, ROUGHLY) if rough is None else rough
-    set_last_layers(course.encoder.eval(), rough, seed)
+    silence_dead_units(course.encoder.eval())
+    set_last_layers(course.encoder, rough, seed)
     return calibrate(course.encoder, rough.pictures[:16].flatten(0, 1))
 
-# %% ../nbs/03_expression.ipynb #cell-058
+# %% ../nbs/03_expression.ipynb #cell-061
 @torch.no_grad()
 def calibrate(
     encoder: ExpressionEncoder,
@@ -668,7 +679,7 @@ def calibrate(
         last.bias.sub_(mean).div_(scale).add_(1)
     return encoder
 
-# %% ../nbs/03_expression.ipynb #cell-064
+# %% ../nbs/03_expression.ipynb #cell-067
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train-encoder`."
     parser = OneLineParser("fantasy-train-encoder", description="Train an expression encoder on pictures drawn in pairs; no true factor is ever a target.")
@@ -736,7 +747,7 @@ def run_course(args: argparse.Namespace) -> int:
     print(f"weights in {args.out or run / 'weights'}" + (f" after {last} of {args.steps} steps; --resume goes on" if 0 < last < args.steps else ""))
     return 0
 
-# %% ../nbs/03_expression.ipynb #cell-066
+# %% ../nbs/03_expression.ipynb #cell-069
 def fit_ruler(
     features: Tensor,  # (n d)
     factors: Tensor,  # (n k) true values

@@ -231,6 +231,28 @@ def test_augment_keeps_range_and_is_gentle_at_zero():
     assert (augment(x, torch.Generator().manual_seed(0), 0.0) - x).abs().mean() < 0.02
 
 
+@torch.no_grad()
+def test_dead_units_stay_silent():
+    from fantasy_nb.expression import silence_dead_units
+
+    torch.manual_seed(0)
+    encoder = ExpressionEncoder(ExpressionConfig(image_size=24, width=16, depth=1, hidden=32, heatmaps=8, readout=2, mouth_embed=0)).eval()
+    norm, crops = encoder.heads["mouth"].trunk[2], torch.rand(32, 3, 24, 24) * 2 - 1
+    before = encoder(crops).pack()
+    assert silence_dead_units(encoder) == 0 and torch.equal(encoder(crops).pack(), before)
+    norm.running_var[3], norm.bias[3] = 0.0, 0.7
+    assert encoder(crops).mouth.abs().max() > 3 * before.abs().max()
+    assert silence_dead_units(encoder) == 1 and encoder(crops).mouth.abs().max() < 3 * before.abs().max() and norm.bias[3] == torch.tensor(0.7)
+
+
+@pytest.mark.parametrize("size", ["tiny", "mini"])
+def test_shipped_encoders_have_no_live_wire(size):
+    encoder = ExpressionEncoder.from_pretrained(data_samples("weights", size, "encoder"))
+    for head in encoder.heads.values():
+        norm = head.trunk[2]
+        assert not norm.weight[norm.running_var < norm.eps].any()
+
+
 def test_retexture_keeps_brightness_and_contrast():
     from fantasy_nb.expression import retexture
 
