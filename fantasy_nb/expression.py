@@ -9,7 +9,7 @@ __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS'
            'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank', 'stored_bank', 'pair_loss',
            'value_means', 'centre_blocks', 'fisher_directions', 'agreement', 'normal', 'shake_crop', 'lose_detail',
            'relight', 'retexture', 'occlude', 'augment', 'last_layer', 'hidden_features', 'hidden_of_pictures',
-           'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers', 'Course', 'silence_dead_units',
+           'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers', 'Course', 'lesson', 'silence_dead_units',
            'save_course', 'load_course', 'train_encoder', 'calibrate', 'build_parser', 'main', 'run_course',
            'fit_ruler', 'probe']
 
@@ -75,7 +75,7 @@ class ExpressionConfig:
 
     @classmethod
     def mini(cls):
-        "For an hour of two CPU cores, or minutes of a GPU."
+        "For an hour of two CPU cores, or one GPU."
         return cls(image_size=128, width=64, hidden=128, heatmaps=64, readout=8, mouth_embed=0, keep_roll=True)
 
     @classmethod
@@ -562,28 +562,29 @@ class Course:
         "Half the bits (bfloat16) where `settings` ask for it."
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["bf16"])
 
-    def lesson(self, bank: Bank) -> dict:  # {group: loss}
-        "One step."
-        s, done = self.settings, self.step / self.settings["steps"]
-        self.optimizer.param_groups[0]["lr"] = s["learning_rate"] * min(1, (self.step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * done))
-        strength = s["strength"] * (1.0 if s["further"] else min(1.0, max(0.0, (done - 0.2) / 0.3)))
-        i = torch.randint(len(self.blocks) * VALUES * COPIES, (s["batch"],), generator=self.g)
-        places = self.blocks[i // (VALUES * COPIES)], i % (VALUES * COPIES)
-        crops = as_crops(bank.pictures[places].to(self.device))
-        with self.precision():
-            hidden = hidden_features(self.encoder, augment(crops, self.g, strength, s["texture"]) if strength else crops)
-            said = {name: self.projections[name](hidden[name]).float() for name in GROUPS}
-        losses = {}
-        for name, (target, weight) in self.targets.items():
-            losses[name] = ((said[name] - target[i.to(self.device)]).square() * (weight / weight.sum())).sum(1).mean()
-        self.optimizer.zero_grad()
-        sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(self.encoder.parameters(), 5.0)
-        self.optimizer.step()
-        self.step += 1
-        return {name: loss.item() for name, loss in losses.items()}
-
 # %% ../nbs/03_expression.ipynb #cell-056
+def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
+    "Some pictures, disturbed; predict what their partners say; one step."
+    s, done = course.settings, course.step / course.settings["steps"]
+    course.optimizer.param_groups[0]["lr"] = s["learning_rate"] * min(1, (course.step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * done))
+    strength = s["strength"] * (1.0 if s["further"] else min(1.0, max(0.0, (done - 0.2) / 0.3)))
+    i = torch.randint(len(course.blocks) * VALUES * COPIES, (s["batch"],), generator=course.g)
+    places = course.blocks[i // (VALUES * COPIES)], i % (VALUES * COPIES)
+    crops = as_crops(bank.pictures[places].to(course.device))
+    with course.precision():
+        hidden = hidden_features(course.encoder, augment(crops, course.g, strength, s["texture"]) if strength else crops)
+        said = {name: course.projections[name](hidden[name]).float() for name in GROUPS}
+    losses = {}
+    for name, (target, weight) in course.targets.items():
+        losses[name] = ((said[name] - target[i.to(course.device)]).square() * (weight / weight.sum())).sum(1).mean()
+    course.optimizer.zero_grad()
+    sum(losses.values()).backward()
+    nn.utils.clip_grad_norm_(course.encoder.parameters(), 5.0)
+    course.optimizer.step()
+    course.step += 1
+    return {name: loss.item() for name, loss in losses.items()}
+
+# %% ../nbs/03_expression.ipynb #cell-058
 @torch.no_grad()
 def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there were
     "Units whose variance was 0 throughout training keep their constant and pass nothing on, whatever a later face may send."
@@ -592,7 +593,7 @@ def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there wer
         norm.weight[norm.running_var < norm.eps] = 0.0
     return sum(int((norm.weight == 0).sum()) for norm in norms)
 
-# %% ../nbs/03_expression.ipynb #cell-058
+# %% ../nbs/03_expression.ipynb #cell-060
 PARTS_OF_A_COURSE = ("encoder", "projections", "optimizer")
 
 
@@ -615,7 +616,7 @@ def load_course(course: Course, path) -> None:
     course.step, course.blocks, course.targets = state["step"], state["blocks"].cpu(), state["targets"]
     course.g.set_state(state["dice"].cpu())
 
-# %% ../nbs/03_expression.ipynb #cell-059
+# %% ../nbs/03_expression.ipynb #cell-061
 def train_encoder(
     config: ExpressionConfig,
     steps: int = 3600,
@@ -647,7 +648,7 @@ def train_encoder(
     for step in tqdm(range(course.step, steps), desc="encoder", initial=course.step, total=steps, leave=False, disable=not progress):
         if step in turns:
             course.new_targets(bank)
-        losses, late = course.lesson(bank), time.monotonic() - began > 60 * max_minutes
+        losses, late = lesson(course, bank), time.monotonic() - began > 60 * max_minutes
         if log:
             log(step, losses)
         if checkpoint and (course.step % 100 == 0 or course.step == steps or late):
@@ -659,7 +660,7 @@ def train_encoder(
     set_last_layers(course.encoder, rough, seed)
     return calibrate(course.encoder, rough.pictures[:16].flatten(0, 1))
 
-# %% ../nbs/03_expression.ipynb #cell-061
+# %% ../nbs/03_expression.ipynb #cell-063
 @torch.no_grad()
 def calibrate(
     encoder: ExpressionEncoder,
@@ -679,7 +680,7 @@ def calibrate(
         last.bias.sub_(mean).div_(scale).add_(1)
     return encoder
 
-# %% ../nbs/03_expression.ipynb #cell-067
+# %% ../nbs/03_expression.ipynb #cell-069
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train-encoder`."
     parser = OneLineParser("fantasy-train-encoder", description="Train an expression encoder on pictures drawn in pairs; no true factor is ever a target.")
@@ -747,7 +748,7 @@ def run_course(args: argparse.Namespace) -> int:
     print(f"weights in {args.out or run / 'weights'}" + (f" after {last} of {args.steps} steps; --resume goes on" if 0 < last < args.steps else ""))
     return 0
 
-# %% ../nbs/03_expression.ipynb #cell-069
+# %% ../nbs/03_expression.ipynb #cell-071
 def fit_ruler(
     features: Tensor,  # (n d)
     factors: Tensor,  # (n k) true values

@@ -254,7 +254,7 @@ class VAEConfig:
 
     @classmethod
     def mini(cls) -> "VAEConfig":
-        "For a quarter of an hour of two CPU cores, or one GPU."
+        "For ten minutes of a CPU core, or one GPU."
         return cls(48, (48, 96, 96), (True, True), (True, False), 1, 2, attention=False, patch=4, linear=True)
 
     @classmethod
