@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['draw_tensor', 'seed_everything', 'default_device', 'zero_', 'as_frames', 'tile_frames', 'show_frames', 'atomic',
-           'pad_even', 'write_video', 'show_clip', 'open_video', 'upright', 'display_matrix', 'on_even_grid',
-           'true_rate', 'read_video', 'read_image', 'write_image', 'data_samples', 'OneLineParser']
+           'read_checkpoint', 'pad_even', 'write_video', 'show_clip', 'open_video', 'upright', 'display_matrix',
+           'on_even_grid', 'true_rate', 'read_video', 'read_image', 'write_image', 'data_samples', 'OneLineParser']
 
 # %% ../nbs/00_core.ipynb #cell-003
 import argparse
 import base64
 import importlib.util
 import os
+import pickle
 import random
 import tempfile
 import warnings
@@ -157,6 +158,15 @@ def atomic(
         part.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #cell-038
+def read_checkpoint(path, device="cpu") -> dict:
+    "What `torch.save` wrote, without running code. Raises ValueError where the file is broken or holds more than numbers, text and lists."
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise ValueError(f"{path} is no whole checkpoint ({reason}): remove it, or start a new run") from None
+
+# %% ../nbs/00_core.ipynb #cell-041
 def pad_even(
     frames: np.ndarray,  # uint8 (f h w 3)
 ) -> np.ndarray:  # the same, h and w even
@@ -166,7 +176,7 @@ def pad_even(
         warnings.warn(f"H.264 wants even sides: {w}x{h} padded to {w + w % 2}x{h + h % 2} by repeating the edge", stacklevel=3)
     return np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
 
-# %% ../nbs/00_core.ipynb #cell-043
+# %% ../nbs/00_core.ipynb #cell-046
 def write_video(
     path,  # its ending picks the container: .mp4, .mov, .mkv
     frames,  # uint8 (f h w 3) or float (f 3 h w) in [0, 1]
@@ -193,7 +203,7 @@ def write_video(
         container.mux(stream.encode())
     return Path(path)
 
-# %% ../nbs/00_core.ipynb #cell-046
+# %% ../nbs/00_core.ipynb #cell-049
 def show_clip(
     frames,  # uint8 (f h w 3) or float (f 3 h w) in [0, 1]
     fps: float = 25.0,
@@ -211,7 +221,7 @@ def show_clip(
     source = f' src="data:video/mp4;base64,{data}"></video>'
     display(HTML(f"<figure>{video}{source}<figcaption>{caption}</figcaption></figure>"))
 
-# %% ../nbs/00_core.ipynb #cell-049
+# %% ../nbs/00_core.ipynb #cell-052
 @contextmanager
 def open_video(
     path,  # a file
@@ -231,7 +241,7 @@ def open_video(
     except (av.FFmpegError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path} as a video: {getattr(error, 'strerror', error)}") from None
 
-# %% ../nbs/00_core.ipynb #cell-052
+# %% ../nbs/00_core.ipynb #cell-055
 def upright(
     picture: np.ndarray,  # (h w 3), as stored in the file
     matrix: bytes | None,  # the file's 3x3 display matrix: 36 bytes, little-endian
@@ -243,7 +253,7 @@ def upright(
     picture, (flip_x, flip_y) = (picture, (a < 0, d < 0)) if a else (picture.swapaxes(0, 1), (c < 0, b < 0))
     return np.ascontiguousarray(picture[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
 
-# %% ../nbs/00_core.ipynb #cell-057
+# %% ../nbs/00_core.ipynb #cell-060
 def display_matrix(
     frame,  # av.VideoFrame
 ) -> bytes | None:  # 36 bytes
@@ -255,7 +265,7 @@ def display_matrix(
         turn = np.exp(1j * np.deg2rad(frame.rotation))
         return (np.array([turn.real, -turn.imag, 0, turn.imag, turn.real, 0, 0, 0, 1]).round() * 65536).astype("<i4").tobytes()
 
-# %% ../nbs/00_core.ipynb #cell-062
+# %% ../nbs/00_core.ipynb #cell-065
 def on_even_grid(
     times,  # (f,) seconds of the frames in the file, growing
     fps: float,  # of the even grid
@@ -266,7 +276,7 @@ def on_even_grid(
     grid = np.arange(max(1, round((times[-1] + gap) * fps))) / fps
     return np.searchsorted(times, grid + 0.499 * gap, side="right") - 1  # a shade under half: no ties
 
-# %% ../nbs/00_core.ipynb #cell-064
+# %% ../nbs/00_core.ipynb #cell-067
 def true_rate(
     times,  # (f,) seconds
     stated: float,  # frames a second, as the file's header says
@@ -277,31 +287,37 @@ def true_rate(
         return stated, True
     return float(Fraction(1 / np.median(gaps)).limit_denominator(1001)), False
 
-# %% ../nbs/00_core.ipynb #cell-069
+# %% ../nbs/00_core.ipynb #cell-072
 def read_video(
     path,  # any file that FFmpeg can decode
-    max_frames: int | None = None,  # at most this many, from the start
+    max_frames: int | None = None,  # at most this many
     fps: float | None = None,  # resample to this rate; None keeps the file's own
+    start: float = 0.0,  # seconds to skip
 ) -> tuple[np.ndarray, float]:  # uint8 RGB (f h w 3), frames a second
     "Read a video: upright, RGB, at an even rate. Raises FileNotFoundError, or ValueError where there is nothing to see."
-    if (max_frames is not None and max_frames < 1) or (fps is not None and fps <= 0):
-        raise ValueError(f"want max_frames >= 1 and fps > 0, got {max_frames} and {fps}")
+    if (max_frames is not None and max_frames < 1) or (fps is not None and fps <= 0) or start < 0:
+        raise ValueError(f"want max_frames >= 1, fps > 0 and start >= 0, got {max_frames}, {fps} and {start}")
     frames, times = [], []
     with open_video(path) as (container, stream):
-        rate = float(fps or stream.average_rate or 25)
-        for frame in container.decode(stream):
-            time = len(times) / rate if frame.time is None else frame.time
+        rate, own = (float(r or stream.average_rate or 25) for r in (fps, None))
+        begin = start + float((stream.start_time or 0) * stream.time_base) - 0.5 / own
+        if start > 0:
+            container.seek(int(begin / stream.time_base), stream=stream)
+        for k, frame in enumerate(container.decode(stream)):
+            time = k / rate if frame.time is None else frame.time
+            if start > 0 and time < begin:
+                continue
             if max_frames and times and (time - times[0]) * rate > max_frames:
                 break
             frames.append(upright(frame.to_ndarray(format="rgb24"), display_matrix(frame)))
             times.append(time)
     if not frames:
-        raise ValueError(f"no frames in {path}")
+        raise ValueError(f"no frames in {path}" + (f" after {start:g} s" if start else ""))
     rate, even = (rate, False) if fps else true_rate(times, rate)
     keep = range(len(frames)) if even else on_even_grid(times, rate)
     return np.stack([frames[i] for i in keep][:max_frames]), rate
 
-# %% ../nbs/00_core.ipynb #cell-078
+# %% ../nbs/00_core.ipynb #cell-081
 def read_image(
     path,  # .png, .jpg, .webp ...
 ) -> np.ndarray:  # uint8 RGB (h w 3)
@@ -316,7 +332,7 @@ def read_image(
         raise ValueError(f"cannot read {path} as a picture: {error}") from None
     return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
 
-# %% ../nbs/00_core.ipynb #cell-079
+# %% ../nbs/00_core.ipynb #cell-082
 def write_image(
     path,  # its ending picks the format
     image,  # uint8 (h w 3) or float (3 h w) in [0, 1]
@@ -328,7 +344,7 @@ def write_image(
         Image.fromarray(as_frames(image)[0]).save(part)
     return Path(path)
 
-# %% ../nbs/00_core.ipynb #cell-082
+# %% ../nbs/00_core.ipynb #cell-085
 def data_samples(
     *parts: str,  # path below the folder, e.g. ("weights", "tiny")
 ) -> Path:
@@ -339,7 +355,7 @@ def data_samples(
             return folder.joinpath(*parts)
     raise FileNotFoundError(f"no data_samples folder in {here} or {here.parent}")
 
-# %% ../nbs/00_core.ipynb #cell-085
+# %% ../nbs/00_core.ipynb #cell-088
 class OneLineParser(argparse.ArgumentParser):
     "Errors of arguments are one line, with exit code 2; `--help` tells the rest."
 

@@ -9,9 +9,9 @@ __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS'
            'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank', 'stored_bank', 'pair_loss',
            'value_means', 'centre_blocks', 'fisher_directions', 'agreement', 'normal', 'shake_crop', 'lose_detail',
            'relight', 'retexture', 'occlude', 'augment', 'last_layer', 'hidden_features', 'hidden_of_pictures',
-           'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers', 'Course', 'lesson', 'silence_dead_units',
-           'save_course', 'load_course', 'train_encoder', 'calibrate', 'build_parser', 'main', 'run_course',
-           'fit_ruler', 'probe']
+           'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers', 'wake_units', 'Course', 'lesson',
+           'silence_dead_units', 'turn_down', 'save_course', 'load_course', 'train_encoder', 'calibrate',
+           'build_parser', 'main', 'run_course', 'fit_ruler', 'probe']
 
 # %% ../nbs/03_expression.ipynb #cell-003
 import argparse
@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import OneLineParser, atomic, default_device
+from .core import OneLineParser, atomic, default_device, read_checkpoint
 from .faces import Expression, Identity, render_crops
 
 # %% ../nbs/03_expression.ipynb #cell-010
@@ -180,11 +180,12 @@ class ExpressionEncoder(nn.Module):
         self.load_state_dict({own.get(name, name): value for name, value in state.items()})
 
     def save_pretrained(self, folder):  # a folder, made if need be
-        "Writes config.json and model.safetensors (numbers as float16, half the size)."
+        "Writes config.json and model.safetensors (numbers as float16, half the size; float32 where one is too large for that)."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        state = {k: v.contiguous().half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
+        fits = lambda v: v.is_floating_point() and v.abs().max() < torch.finfo(torch.float16).max
+        state = {k: v.contiguous().half() if fits(v) else v.contiguous() for k, v in self.state_dict().items()}
         save_file(state, folder / "model.safetensors")
 
     @classmethod
@@ -529,6 +530,26 @@ def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> No
         layer.weight.data.copy_(matrix), layer.bias.data.copy_(-matrix @ mean)
 
 # %% ../nbs/03_expression.ipynb #cell-054
+@torch.no_grad()
+def wake_units(encoder: ExpressionEncoder, pictures: Tensor, g: torch.Generator) -> int:  # (n 3 s s) uint8 -> how many slept
+    "Hidden units of the heads that are positive on no picture get a random direction that is positive on half of them."
+    training, device = encoder.training, next(encoder.parameters()).device
+    encoder.eval()
+    faces = torch.cat([encoder.backbone(as_crops(part.to(device))) for part in pictures.split(128)]).float()
+    encoder.train(training)
+    count = 0
+    for head in encoder.heads.values():
+        first, _, norm = head.trunk[:3]
+        asleep = first(faces).amax(0) <= 0
+        count += int(asleep.sum())
+        directions = torch.randn(int(asleep.sum()), faces.shape[1], generator=g).to(faces)
+        directions /= ((faces - faces.mean(0)) @ directions.T).square().mean(0).sqrt()[:, None] + 1e-6
+        first.weight[asleep], first.bias[asleep] = directions, -directions @ faces.mean(0)
+        for values, start in ((norm.weight, 1.0), (norm.bias, 0.0), (norm.running_mean, 0.4), (norm.running_var, 0.34)):
+            values[asleep] = start  # 0.40, 0.34: mean and variance of a normal number behind a ReLU
+    return count
+
+# %% ../nbs/03_expression.ipynb #cell-057
 class Course:
     "An encoder's training so far."
 
@@ -545,11 +566,13 @@ class Course:
         self.optimizer = torch.optim.AdamW(learned, settings["learning_rate"], (0.9, 0.98), weight_decay=0.05)
         self.blocks = self.targets = None  # of this round
 
+    @torch.no_grad()
     def new_targets(self, bank: Bank) -> None:
         "A round begins: a new network's first reads pixels, the others what the network has learned."
         first = self.targets is None and not self.settings["further"]
         self.blocks = torch.arange(min(300, len(bank))) if first else torch.randperm(len(bank), generator=self.g)[: self.settings["pool"]]
         here = bank[self.blocks]
+        wake_units(self.encoder, here.pictures[:20].flatten(0, 1), self.g)
         if first:
             self.targets = partners_targets(pixel_codes(here.pictures.flatten(0, 1)).to(self.device), here)
             return
@@ -562,7 +585,7 @@ class Course:
         "Half the bits (bfloat16) where `settings` ask for it."
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["bf16"])
 
-# %% ../nbs/03_expression.ipynb #cell-056
+# %% ../nbs/03_expression.ipynb #cell-059
 def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     "Some pictures, disturbed; predict what their partners say; one step."
     s, done = course.settings, course.step / course.settings["steps"]
@@ -584,7 +607,7 @@ def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     course.step += 1
     return {name: loss.item() for name, loss in losses.items()}
 
-# %% ../nbs/03_expression.ipynb #cell-058
+# %% ../nbs/03_expression.ipynb #cell-061
 @torch.no_grad()
 def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there were
     "Units whose variance was 0 throughout training keep their constant and pass nothing on, whatever a later face may send."
@@ -593,7 +616,22 @@ def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there wer
         norm.weight[norm.running_var < norm.eps] = 0.0
     return sum(int((norm.weight == 0).sum()) for norm in norms)
 
-# %% ../nbs/03_expression.ipynb #cell-060
+# %% ../nbs/03_expression.ipynb #cell-063
+@torch.no_grad()
+def turn_down(encoder: ExpressionEncoder) -> None:
+    "The same function with hidden units of variance 1 and a face vector to match: a ReLU passes any factor on, and the norm behind it takes it out again."
+    firsts, vector = [], encoder.backbone.vector
+    for head in encoder.heads.values():
+        first, _, norm = head.trunk[:3]
+        loud = (norm.running_var + norm.eps).sqrt()
+        first.weight.div_(loud[:, None]), first.bias.div_(loud), norm.running_mean.div_(loud), norm.running_var.div_(loud**2)
+        firsts.append(first)
+    louder = 0.1 / torch.cat([first.weight.abs().flatten() for first in firsts]).median()
+    vector.weight.div_(louder), vector.bias.div_(louder)
+    for first in firsts:
+        first.weight.mul_(louder)
+
+# %% ../nbs/03_expression.ipynb #cell-065
 PARTS_OF_A_COURSE = ("encoder", "projections", "optimizer")
 
 
@@ -606,8 +644,8 @@ def save_course(course: Course, path) -> None:
 
 
 def load_course(course: Course, path) -> None:
-    "Go on exactly where a run stopped. Raises ValueError, naming them, where settings differ."
-    state = torch.load(path, map_location=course.device, weights_only=True)
+    "Go on exactly where a run stopped. Raises ValueError where the file cannot be read, or, naming them, where settings differ."
+    state = read_checkpoint(path, course.device)
     changed = {k: (v, course.settings.get(k)) for k, v in state["settings"].items() if v != course.settings.get(k)}
     if changed:
         raise ValueError(f"{path} belongs to another run: {changed} (stored, asked for); start a new run or keep its settings")
@@ -616,7 +654,7 @@ def load_course(course: Course, path) -> None:
     course.step, course.blocks, course.targets = state["step"], state["blocks"].cpu(), state["targets"]
     course.g.set_state(state["dice"].cpu())
 
-# %% ../nbs/03_expression.ipynb #cell-061
+# %% ../nbs/03_expression.ipynb #cell-066
 def train_encoder(
     config: ExpressionConfig,
     steps: int = 3600,
@@ -657,10 +695,11 @@ def train_encoder(
             break
     rough = render_bank(120, config.image_size, 9_000_000, device, progress, ROUGHLY) if rough is None else rough
     silence_dead_units(course.encoder.eval())
+    turn_down(course.encoder)
     set_last_layers(course.encoder, rough, seed)
     return calibrate(course.encoder, rough.pictures[:16].flatten(0, 1))
 
-# %% ../nbs/03_expression.ipynb #cell-063
+# %% ../nbs/03_expression.ipynb #cell-068
 @torch.no_grad()
 def calibrate(
     encoder: ExpressionEncoder,
@@ -680,7 +719,7 @@ def calibrate(
         last.bias.sub_(mean).div_(scale).add_(1)
     return encoder
 
-# %% ../nbs/03_expression.ipynb #cell-069
+# %% ../nbs/03_expression.ipynb #cell-074
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train-encoder`."
     parser = OneLineParser("fantasy-train-encoder", description="Train an expression encoder on pictures drawn in pairs; no true factor is ever a target.")
@@ -748,7 +787,7 @@ def run_course(args: argparse.Namespace) -> int:
     print(f"weights in {args.out or run / 'weights'}" + (f" after {last} of {args.steps} steps; --resume goes on" if 0 < last < args.steps else ""))
     return 0
 
-# %% ../nbs/03_expression.ipynb #cell-071
+# %% ../nbs/03_expression.ipynb #cell-076
 def fit_ruler(
     features: Tensor,  # (n d)
     factors: Tensor,  # (n k) true values

@@ -151,7 +151,7 @@ class Identity(Factors):
 EMOTIONS = ("joy", "anger", "surprise", "sadness", "disgust", "fear")
 
 ACTIONS = {  # facial actions that an emotion at full strength asks for
-    "joy": dict(brow_raise=0.10, cheek=1.0, squint=0.35, smile=0.15),
+    "joy": dict(brow_raise=0.10, cheek=1.0, squint=0.35, smile=0.15),  # cheeks push up the lower lids: what a smile without joy lacks (Duchenne 1862)
     "anger": dict(brow_raise=-0.35, brow_furrow=1.0, squint=0.15, smile=-0.08),
     "surprise": dict(brow_raise=1.0, widen=1.0, mouth_open=0.05),
     "sadness": dict(brow_inner=1.0, squint=0.10, smile=-0.12, pout=0.6),
@@ -211,7 +211,7 @@ class Expression(Factors):
             return low + (high - low) * torch.rand(n, generator=g)
 
         lids = torch.where(uniform() < 0.7, 0.3 * uniform() ** 2, uniform())
-        smile, feeling, strength = uniform(-0.5, 1.0), torch.randint(0, 7, (n,), generator=g), uniform(0.3, 1.0)
+        smile, feeling, strength = uniform(-0.5, 1.0), torch.randint(0, 7, (n,), generator=g), uniform(0.4, 1.0)
         return cls.neutral(
             n, yaw=uniform(-35, 35), pitch=uniform(-15, 15), roll=uniform(-15, 15), gaze_x=uniform(-1, 1), gaze_y=uniform(-1, 1),
             blink_left=lids, blink_right=torch.where(uniform() < 0.15, uniform(), lids), mouth_open=uniform() ** 1.5,
@@ -326,8 +326,8 @@ def relief(m: Maps, X: Tensor, Y: Tensor) -> Tensor:
     "Soft bumps on the masses, by place (X, Y) on the face: cheekbones, brow ridge, lips' mound, chin, sockets, lifted cheeks."
     A, drop = X.abs(), 0.20 * m.mouth_open
     bones = 0.07 * bump(A, Y, 0.37, 0.30, 0.20, 0.18) + 0.05 * bump(A, Y, 0.20, -0.20, 0.30, 0.08) - 0.07 * bump(A, Y, eye_x(m), 0.0, 0.19, 0.12)
-    mouth = 0.07 * bump(X, Y, 0, 0.64 + drop * 0.4, 0.26, 0.20) + 0.07 * bump(X, Y, 0, 0.93 + drop, 0.18, 0.12)
-    return bones + mouth + 0.05 * (m.smile.clamp(0) + m.cheek) * bump(A, Y, 0.38, 0.28, 0.16, 0.12)
+    mouth = (0.07 + 0.09 * m.pucker) * bump(X, Y, 0, 0.64 + drop * 0.4, 0.26, 0.20) + 0.07 * bump(X, Y, 0, 0.93 + drop, 0.18, 0.12)
+    return bones + mouth + 0.05 * (m.smile.clamp(0) + 1.5 * m.cheek) * bump(A, Y, 0.38, 0.28, 0.16, 0.12)
 
 # %% ../nbs/01_faces.ipynb #cell-036
 def head_surface(m: Maps, o, d) -> tuple[Tensor, Tensor]:  # depth, signed distance to the head's outline
@@ -440,10 +440,11 @@ def develop(canvas: Tensor, head: Head, paint: Tensor, alpha: Tensor) -> Tensor:
 # %% ../nbs/01_faces.ipynb #cell-049
 def paint_skin(h: Head, ink: Maps) -> Tensor:  # (k 3)
     "Skin with blood in the cheeks and shade in the sockets."
-    blush = 0.5 * bump(h.A, h.Y, 0.42, 0.33, 0.19, 0.19) * (1 + 0.5 * h.m.cheek)
+    blush = 0.5 * bump(h.A, h.Y, 0.42, 0.33, 0.19, 0.19) * (1 + 0.8 * h.m.cheek)
     skin = tint(ink.skin, ink.skin * rgb(1.03, 0.80, 0.78, h.X), blush)
     socket = bump(h.A, h.Y, eye_x(h.m), -0.04, 1.35 * eye_radius(h.m), 1.05 * eye_radius(h.m))
-    return tint(skin, ink.shadow, 0.30 * socket * h.front)
+    hollow = bump(h.A, h.Y, 0.40, 0.56, 0.11, 0.17) * (-h.m.mouth_wide).clamp(0)  # cheeks are drawn in with the corners of the mouth
+    return tint(skin, ink.shadow, (0.30 * socket + 0.40 * hollow) * h.front)
 
 # %% ../nbs/01_faces.ipynb #cell-050
 def paint_nose(h: Head, paint: Tensor) -> Tensor:
@@ -471,17 +472,20 @@ def eye_shape(h: Head) -> Maps:
     m, radius = h.m, eye_radius(h.m)
     blink = torch.where(h.X > 0, m.blink_left, m.blink_right)
     u, v = (h.A - eye_x(m)) / radius, h.Y / radius
-    opening = (1 - blink) * (1 - 0.12 * m.smile.clamp(0)) * (1 - 0.22 * m.squint + 0.20 * m.widen)
+    opening = (1 - blink) * (1 - 0.12 * m.smile.clamp(0)) * (1 - 0.22 * m.squint + 0.20 * m.widen) * (1 + 0.10 * m.gaze_y)  # the lid follows the eye
     arch, closed = (1 - u * u).clamp(0), (1 - opening).clamp(0)
-    lower = 0.02 + (0.28 - 0.06 * m.smile.clamp(0) - 0.08 * m.squint) * arch**0.8 - 0.03 * u
+    lower = 0.02 + (0.28 - 0.06 * m.smile.clamp(0) - 0.08 * m.squint - 0.16 * m.cheek) * arch**0.8 - 0.03 * u
     upper = torch.minimum(0.02 - 0.58 * opening * arch**0.6 + 0.10 * closed - 0.03 * u + 0.17 * closed * arch, lower)
     white = cover(torch.maximum(upper - v, v - lower) * radius, h.pixel) * cover((u.abs() - 1) * radius, h.pixel) * h.front
-    iu, iv = u - 0.34 * m.gaze_x * torch.sign(h.X), v + 0.16 * m.gaze_y + 0.03 + 0.06 * closed
+    iu, iv = u - 0.34 * m.gaze_x * torch.sign(h.X), v + 0.24 * m.gaze_y + 0.03 + 0.06 * closed
     return Maps(u=u, v=v, radius=radius, upper=upper, lower=lower, arch=arch, white=white, iu=iu, iv=iv, ir=(iu * iu + iv * iv).sqrt())
 
 # %% ../nbs/01_faces.ipynb #cell-054
 def paint_lids(h: Head, ink: Maps, paint: Tensor, eye: Maps) -> Tensor:
-    "The crease above the eye and the soft shade below it."
+    "The crease above the eye, the soft shade below it, and the cornea's bulge under a lid that is down."
+    lid = smoothstep(0.0, 0.12, eye.upper - eye.v) * smoothstep(-0.75, -0.45, eye.v) * (eye.u.abs() < 1)
+    bulge = torch.exp(-((eye.iu / 0.34) ** 2) - (((eye.iv + 0.06) / 0.26) ** 2))
+    paint = tint(paint, ink.skin * 1.3, 0.75 * lid * bulge * h.front)
     crease = stroke(eye.v - eye.upper + 0.24, 0.07, h.pixel / eye.radius) * eye.arch**0.5
     below = stroke(eye.v - eye.lower - 0.08, 0.10, h.pixel / eye.radius) * eye.arch
     return tint(paint, ink.shadow, (0.55 * crease + 0.35 * below) * h.front)
@@ -504,8 +508,8 @@ def paint_eyes(h: Head, ink: Maps, paint: Tensor, eye: Maps) -> Tensor:
 # %% ../nbs/01_faces.ipynb #cell-058
 def mouth_line(m: Maps) -> tuple:  # height of the mouth, half its width
     "Where the mouth is and how wide: smile and stretch widen it, pucker and opening narrow it."
-    stretch = 1 + 0.16 * m.mouth_wide + 0.22 * m.smile.clamp(0) - 0.42 * m.pucker
-    return 0.66 + 0.02 * m.smile, (0.235 + 0.05 * m.mouth_width) * stretch * (1 - 0.12 * m.mouth_open)
+    stretch = 1 + 0.26 * m.mouth_wide + 0.22 * m.smile.clamp(0) - 0.42 * m.pucker
+    return 0.66 + 0.02 * m.smile, (0.240 + 0.04 * m.mouth_width) * stretch * (1 - 0.12 * m.mouth_open)
 
 # %% ../nbs/01_faces.ipynb #cell-059
 def mouth_shape(h: Head) -> Maps:
@@ -515,7 +519,7 @@ def mouth_shape(h: Head) -> Maps:
     arch, snarl = (1 - t * t).clamp(0), m.sneer * torch.exp(-(((t.abs() - 0.45) / 0.3) ** 2))
     upper = level - 0.11 * m.smile * t * t - 0.035 * m.mouth_open * arch - 0.012 * torch.exp(-30 * t * t) - 0.03 * snarl
     lower = upper + 0.30 * m.mouth_open * arch**0.75 + 0.03 * snarl * arch
-    thick = (0.75 + 0.6 * m.lip_thickness) * (1 + 0.35 * m.pucker)
+    thick = (0.80 + 0.5 * m.lip_thickness) * (1 + 0.50 * m.pucker) * (1 - 0.25 * m.mouth_wide.clamp(0))  # pursed lips swell, stretched ones thin
     bow = 1 - 0.28 * torch.exp(-((t / 0.16) ** 2)) + 0.18 * torch.exp(-(((t.abs() - 0.3) / 0.15) ** 2))
     top, bottom = upper - 0.062 * thick * arch**0.6 * bow, lower + 0.085 * thick * arch**0.65 * (1 + 0.4 * m.pout)
     sides = cover((t.abs() - 1) * half, h.pixel) * h.front
@@ -526,7 +530,8 @@ def mouth_shape(h: Head) -> Maps:
 # %% ../nbs/01_faces.ipynb #cell-060
 def paint_lips(h: Head, ink: Maps, paint: Tensor, mouth: Maps) -> Tensor:
     "Lips with a gloss on the lower one, the shade beneath, the seam between."
-    paint = tint(paint, ink.shadow, 0.35 * stroke(h.Y - mouth.bottom - 0.05, 0.035, h.pixel) * mouth.arch * h.front)
+    shade = (0.35 + 0.35 * h.m.pucker) * stroke(h.Y - mouth.bottom - 0.05, 0.035, h.pixel)
+    paint = tint(paint, ink.shadow, shade * mouth.arch * h.front)
     gloss = 1.0 + 0.18 * stroke(h.Y - (mouth.lower + mouth.bottom) / 2, 0.025, h.pixel) - 0.22 * (h.Y < mouth.upper)
     paint = tint(paint, ink.lips * gloss[:, None], mouth.lips)
     seam = stroke(h.Y - mouth.upper, 0.016, h.pixel) * cover((mouth.t.abs() - 1.05) * mouth.half, h.pixel)
@@ -550,7 +555,7 @@ def paint_folds(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     def crease(paint, line, strength, most):
         return tint(paint, ink.shadow, (strength * line).clamp(0, most) * h.front)
 
-    laugh = stroke(A - 0.20 - 0.45 * (Y - nose_end).clamp(0) - 0.05 * m.smile, 0.035, p) * smoothstep(nose_end - 0.05, nose_end + 0.1, Y) * smoothstep(0.75, 0.5, Y)
+    laugh = stroke(A - 0.20 - 0.45 * (Y - nose_end).clamp(0) - 0.05 * m.smile - 0.05 * m.mouth_wide + 0.05 * m.pucker, 0.035, p) * smoothstep(nose_end - 0.05, nose_end + 0.1, Y) * smoothstep(0.75, 0.5, Y)
     paint = crease(paint, laugh, 0.10 + 0.22 * m.smile.clamp(0) + 0.20 * m.cheek + 0.25 * old, 0.6)
     waves = torch.remainder(Y + 0.55 + 0.02 * torch.cos(6 * h.X) + 0.06 * m.brow_raise, 0.09) - 0.045
     forehead = stroke(waves, 0.014, p) * smoothstep(-0.66, -0.56, Y) * smoothstep(-0.36, -0.42, Y) * smoothstep(0.42, 0.25, A)
@@ -558,9 +563,14 @@ def paint_folds(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     paint = crease(paint, stroke(A - 0.055, 0.018, p) * bump(A, Y, 0, -0.20, 1.0, 0.09), 0.7 * m.brow_furrow + 0.15 * old, 0.75)
     for level in (0.10, 0.19):
         paint = crease(paint, stroke(Y - level - 0.25 * A, 0.02, p) * bump(A, Y, 0.07, level, 0.07, 0.2), 0.7 * m.wrinkle, 0.7)
-    paint = crease(paint, stroke(Y - 0.17 - 0.25 * side**2, 0.025, p) * torch.exp(-((side / 0.13) ** 2)), 0.30 * old + 0.1 * m.cheek, 0.5)
+    paint = crease(paint, stroke(Y - 0.17 - 0.25 * side**2, 0.025, p) * torch.exp(-((side / 0.13) ** 2)), 0.30 * old + 0.5 * m.cheek, 0.6)
+    level, half = mouth_line(m)
+    dimple = bump(A, Y, half + 0.05, level, 0.025, 0.07)  # a stretched mouth has them; a pursed one has upright lines around it
+    paint = crease(paint, dimple, 0.65 * m.mouth_wide.clamp(0), 0.6)
+    upright = stroke(torch.remainder(h.X + 0.04, 0.08) - 0.04, 0.014, p) * (bump(A, Y, 0, level - 0.14, 0.16, 0.05) + 0.6 * bump(A, Y, 0, level + 0.17, 0.13, 0.04))
+    paint = crease(paint, upright, 0.8 * m.pucker, 0.55)
     rays = torch.remainder(Y + 0.01 - 0.25 * (side - 0.2), 0.06) - 0.03
-    return crease(paint, stroke(rays, 0.010, p) * bump(side, Y, 0.23, 0.01, 0.06, 0.08), 0.35 * old + 0.25 * m.cheek, 0.5)
+    return crease(paint, stroke(rays, 0.014, p) * bump(side, Y, 0.23, 0.01, 0.07, 0.09), 0.35 * old + 0.6 * m.cheek, 0.6)
 
 # %% ../nbs/01_faces.ipynb #cell-065
 def paint_beard(h: Head, ink: Maps, paint: Tensor, mouth: Maps) -> Tensor:
@@ -720,7 +730,7 @@ def five_points_3d(identity: Identity, expression: Expression) -> Tensor:  # (n 
     identity, expression = matched(identity, expression)
     m = as_maps(identity, expression)
     (level, half), eye, r = mouth_line(m), eye_x(m), eye_radius(m)
-    gaze, lift, corner = 0.34 * m.gaze_x * r, -(0.16 * m.gaze_y + 0.03) * r, level - 0.11 * m.smile
+    gaze, lift, corner = 0.34 * m.gaze_x * r, -(0.24 * m.gaze_y + 0.03) * r, level - 0.11 * m.smile
     X = torch.cat([gaze - eye, gaze + eye, 0 * eye, -half, half], 1)
     Y = torch.cat([lift, lift, 0.36 + 0.12 * m.nose_length, corner, corner], 1)
     Z, _ = head_surface(m, [X, Y, torch.zeros_like(X)], [0.0, 0.0, 1.0])

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .core import OneLineParser, data_samples, default_device
+from .core import OneLineParser, data_samples, default_device, read_checkpoint
 from .data import REGION_MARGIN, Clip, ClipConfig, SceneClips, collate, portrait_boxes
 from .dit import DiT, DiTConfig
 from .expression import ExpressionEncoder
@@ -393,8 +393,8 @@ def save_checkpoint(path: Path, step: int, animator: Animator, optimizer, ema: E
 
 # %% ../nbs/10_train.ipynb #cell-039
 def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config: TrainConfig) -> int:  # the next step
-    "Restore a run in place (weights_only: no code in the file can run). Raises ValueError where the config is another."
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    "Restore a run in place. Raises ValueError where the file is broken or the config another."
+    state = read_checkpoint(path)
     changed = {k: (v, getattr(config, k)) for k, v in state["config"].items() if k != "steps" and v != getattr(config, k)}
     if changed:
         raise ValueError(f"{path} belongs to another run: {changed} (stored, asked for); start a new run or keep its settings")

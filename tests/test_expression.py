@@ -245,6 +245,37 @@ def test_dead_units_stay_silent():
     assert silence_dead_units(encoder) == 1 and encoder(crops).mouth.abs().max() < 3 * before.abs().max() and norm.bias[3] == torch.tensor(0.7)
 
 
+@torch.no_grad()
+def test_sleeping_units_wake_and_the_others_keep_what_they_know():
+    from fantasy_nb.expression import wake_units
+
+    torch.manual_seed(0)
+    encoder = ExpressionEncoder(ExpressionConfig(image_size=24, width=16, depth=1, hidden=32, heatmaps=8, readout=2, mouth_embed=0))
+    pictures, g = torch.randint(256, (96, 3, 24, 24), dtype=torch.uint8), torch.Generator().manual_seed(0)
+    assert wake_units(encoder, pictures, g) > 20 and encoder.training  # a new network's heads are half asleep
+    assert wake_units(encoder, pictures, g) == 0
+    layer, norm = encoder.heads["mouth"].trunk[0], encoder.heads["mouth"].trunk[2]
+    before = layer.weight.clone()
+    layer.bias[3], norm.weight[3] = -1e3, 0.0  # died, and was silenced
+    assert wake_units(encoder, pictures, g) == 1 and norm.weight[3] == 1
+    others = torch.arange(32) != 3
+    assert torch.equal(layer.weight[others], before[others]) and not torch.equal(layer.weight[3], before[3])
+
+
+def test_a_torn_checkpoint_is_one_clear_error(tmp_path):
+    from fantasy_nb.core import read_checkpoint
+
+    torch.save({"step": 1, "numbers": torch.rand(5000)}, tmp_path / "whole.pt")
+    assert read_checkpoint(tmp_path / "whole.pt")["step"] == 1
+    for length in (0, 10, 3000):
+        (tmp_path / "torn.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:length])
+        with pytest.raises(ValueError, match="torn.pt is no whole checkpoint"):
+            read_checkpoint(tmp_path / "torn.pt")
+    torch.save({"step": tmp_path}, tmp_path / "code.pt")  # a class that is not on torch's list
+    with pytest.raises(ValueError, match="code.pt is no whole checkpoint"):
+        read_checkpoint(tmp_path / "code.pt")
+
+
 @pytest.mark.parametrize("size", ["tiny", "mini"])
 def test_shipped_encoders_have_no_live_wire(size):
     encoder = ExpressionEncoder.from_pretrained(data_samples("weights", size, "encoder"))
