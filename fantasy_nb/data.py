@@ -198,10 +198,13 @@ def find_shots(
     "Cuts and long shots divided. Raises ValueError for what is no video."
     with open_video(path) as (_, stream):
         rate = float(stream.average_rate or 25)
-    from scenedetect import ContentDetector, detect
+    import scenedetect
 
     with quiet_logs("pyscenedetect"):
-        scenes = detect(str(path), ContentDetector(config.shot_change, min_scene_len=2), start_in_scene=True, backend="pyav")
+        manager = scenedetect.SceneManager()
+        manager.add_detector(scenedetect.ContentDetector(config.shot_change, min_scene_len=2))
+        manager.detect_scenes(scenedetect.open_video(str(path), backend="pyav", suppress_output=True))
+        scenes = manager.get_scene_list(start_in_scene=True)
     pieces = []
     for begin, end in scenes:
         first, stop = begin.frame_num, end.frame_num
@@ -493,7 +496,7 @@ def build_parser() -> argparse.ArgumentParser:
 def count_verdicts(rows: list[dict]) -> str:
     "A line for each kind of clip, and for each reason how often."
     kinds = Counter(row["kind"] for row in rows if row["kept"])
-    reasons = Counter(re.sub(r"[-\d.e]+(?= |,|$)", "#", row["reason"]).split(", want")[0] for row in rows if not row["kept"])
+    reasons = Counter(re.sub(r"\b\d[\d.]*(e[-+]?\d+)?\b", "#", row["reason"].replace(row["source"], "it")).split(", want")[0] for row in rows if not row["kept"])
     lines = [f"{n:6d} kept, {kind}" for kind, n in sorted(kinds.items())] + [f"{n:6d} rejected: {why}" for why, n in reasons.most_common()]
     return "\n".join(lines)
 

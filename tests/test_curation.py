@@ -138,7 +138,7 @@ def test_folder_gives_the_batches_that_scenes_give(curated):
         ours, theirs = collate([folder[i]]), collate([drawn[j]])
         assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
         heights = [(b["boxes"][..., 3] - b["boxes"][..., 1]).median() for b in (ours, theirs)]
-        assert 0.7 < heights[0] / heights[1] < 1.2  # faces as large as in drawn clips
+        assert (0.7 if i == alone else 0.5) < heights[0] / heights[1] < 1.2  # as large as in drawn clips, where people do not stand far apart
     assert torch.equal(folder[pair].frames, ClipFolder(out)[pair].frames) and not torch.equal(folder[pair].frames, ClipFolder(out, seed=1)[pair].frames)
     stills = ClipFolder(out, ClipConfig(frames=5, stills=True))[pair]
     assert stills.frames.shape == (5, 3, 64, 96) and stills.crops.shape == (2, 5, 3, 64, 64)
