@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import OneLineParser, atomic, open_video, read_video, write_video
+from .core import OneLineParser, atomic, open_video, pad_even, read_video, write_video
 from .faces import Expression, Identity, Scene, random_motion, render_crops, render_scene
 from .tracking import FaceTrack, align_crop, angles, head_pose, track_faces
 
@@ -203,7 +203,10 @@ def find_shots(
     with quiet_logs("pyscenedetect"):
         manager = scenedetect.SceneManager()
         manager.add_detector(scenedetect.ContentDetector(config.shot_change, min_scene_len=2))
-        manager.detect_scenes(scenedetect.open_video(str(path), backend="pyav", suppress_output=True))
+        try:
+            manager.detect_scenes(scenedetect.open_video(str(path), backend="pyav", suppress_output=True))
+        except scenedetect.VideoOpenFailure as error:
+            raise ValueError(f"cannot read {path} as a video: {error}") from None
         scenes = manager.get_scene_list(start_in_scene=True)
     pieces = []
     for begin, end in scenes:
@@ -291,9 +294,10 @@ def curate_video(
 ) -> list[dict]:  # one row for each clip, kept or not
     "Shots, people, five numbers a face, a verdict; writes the clips that are kept. A file that cannot be read is one row that says so."
     path, rows = Path(path), []
-    blank = dict(source=str(path), first=0, frames=0, fps=0.0, width=0, height=0, kept=False, reason="", kind="", people=0, faces=[], clip="", caption=None)
+    blank = dict(source=str(path), first=0, frames=0, fps=0.0, width=0, height=0, people=0, faces=[])
+    blank |= dict(kept=False, reason="", kind="", clip="", caption=None)
     note = path.with_suffix(".txt")
-    caption = note.read_text().strip() if note.exists() else None
+    caption = note.read_text(encoding="utf-8", errors="replace").strip() if note.exists() else None
     try:
         shots = find_shots(path, config)
     except (ValueError, OSError) as error:
@@ -302,15 +306,22 @@ def curate_video(
         if length < config.min_frames:
             rows.append(blank | dict(first=first, frames=length, reason=why_not([], length, config)))
             continue
-        frames, fps = read_video(path, length, start=seconds)
+        try:
+            frames, fps = read_video(path, length, start=seconds)
+        except (ValueError, OSError) as error:  # damaged here: the other shots may be whole
+            rows.append(blank | dict(first=first, frames=length, reason=str(error)))
+            continue
+        frames = pad_even(frames)  # as `write_video` would
         tracks = track_faces(frames, config.max_people + 1, fps=fps)
         faces = [describe_face(frames, track) for track in tracks]
-        row = blank | dict(first=first, frames=len(frames), fps=fps, width=frames.shape[2], height=frames.shape[1], people=len(tracks), faces=faces, caption=caption)
+        row = blank | dict(first=first, frames=len(frames), fps=fps, width=frames.shape[2], height=frames.shape[1])
+        row |= dict(people=len(tracks), faces=faces, caption=caption)
         row["reason"] = why_not(faces, len(frames), config)
         if not row["reason"]:
             row |= dict(kept=True, kind="single" if len(tracks) == 1 else "multi", clip=f"{name}_{first:06d}")
             write_video(out / "clips" / f"{row['clip']}.mp4", frames, fps)
-            parts = {f"{k}.{part}": getattr(track, part).contiguous() for k, track in enumerate(tracks) for part in ("boxes", "landmarks", "present")}
+            names = ("boxes", "landmarks", "present")
+            parts = {f"{k}.{part}": getattr(track, part).contiguous() for k, track in enumerate(tracks) for part in names}
             with atomic(out / "tracks" / f"{row['clip']}.safetensors") as part:
                 save_file(parts, part)
         rows.append(row)
@@ -346,7 +357,11 @@ def curate_job(job: dict) -> dict:  # name, path, out, config -> {"name"}
     path, out, config = Path(job["path"]), Path(job["out"]), CurationConfig(**job["config"])
     done = out / "rows" / f"{job['name']}.json"
     stamp = {"config": job["config"], "bytes": path.stat().st_size, "source": str(path)}
-    if not done.exists() or json.loads(done.read_text())["stamp"] != stamp:
+    before = json.loads(done.read_text()) if done.exists() else {"stamp": None, "rows": []}
+    if before["stamp"] != stamp:
+        for row in before["rows"]:  # another config or another file: its clips go
+            for kept in (out / "clips" / f"{row['clip']}.mp4", out / "tracks" / f"{row['clip']}.safetensors"):
+                kept.unlink(missing_ok=True)
         rows = curate_video(path, job["name"], out, config)
         with atomic(done) as part:
             part.write_text(json.dumps({"stamp": stamp, "rows": rows}))

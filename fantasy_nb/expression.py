@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS', 'VALUES', 'COPIES', 'DIRECTIONS', 'AGREED',
-           'ROUGHLY', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'Features', 'ExpressionConfig', 'ConvBlock',
-           'Hourglass', 'FaceBackbone', 'FeatureHead', 'ExpressionEncoder', 'fit_size', 'release_name',
+           'ROUGHLY', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'OF_THE_ROUND', 'Features', 'ExpressionConfig',
+           'ConvBlock', 'Hourglass', 'FaceBackbone', 'FeatureHead', 'ExpressionEncoder', 'fit_size', 'release_name',
            'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank', 'stored_bank', 'pair_loss',
            'value_means', 'centre_blocks', 'fisher_directions', 'agreement', 'normal', 'shake_crop', 'lose_detail',
            'relight', 'retexture', 'occlude', 'augment', 'last_layer', 'hidden_features', 'hidden_of_pictures',
@@ -564,20 +564,24 @@ class Course:
         self.projections = nn.ModuleDict(lines).to(device)
         learned = [*self.encoder.parameters(), *self.projections.parameters()]
         self.optimizer = torch.optim.AdamW(learned, settings["learning_rate"], (0.9, 0.98), weight_decay=0.05)
-        self.blocks = self.targets = None  # of this round
+        self.seen, self.blocks, self.mirrored, self.targets = 0, None, None, None  # blocks dealt with so far, and what this round has
 
     @torch.no_grad()
     def new_targets(self, bank: Bank) -> None:
         "A round begins: a new network's first reads pixels, the others what the network has learned."
         first = self.targets is None and not self.settings["further"]
-        self.blocks = torch.arange(min(300, len(bank))) if first else torch.randperm(len(bank), generator=self.g)[: self.settings["pool"]]
+        count = min(300 if first else self.settings["pool"], len(bank))
+        self.blocks, self.seen = (self.seen + torch.arange(count)) % len(bank), self.seen + count  # new people as long as there are any
+        self.mirrored = torch.rand(count, generator=self.g) < 0.5
         here = bank[self.blocks]
-        wake_units(self.encoder, here.pictures[:20].flatten(0, 1), self.g)
+        here.pictures[self.mirrored] = here.pictures[self.mirrored].flip(-1)
+        pictures = here.pictures.flatten(0, 1)
+        wake_units(self.encoder, pictures[: 20 * VALUES * COPIES], self.g)
         if first:
-            self.targets = partners_targets(pixel_codes(here.pictures.flatten(0, 1)).to(self.device), here)
+            self.targets = partners_targets(pixel_codes(pictures).to(self.device), here)
             return
         with self.precision():
-            hidden = hidden_of_pictures(self.encoder, here.pictures.flatten(0, 1))
+            hidden = hidden_of_pictures(self.encoder, pictures)
         self.targets = partners_targets(torch.cat(list(hidden.values()), 1), here)
         lay_lines(self.projections, hidden, self.targets)
 
@@ -592,8 +596,10 @@ def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     course.optimizer.param_groups[0]["lr"] = s["learning_rate"] * min(1, (course.step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * done))
     strength = s["strength"] * (1.0 if s["further"] else min(1.0, max(0.0, (done - 0.2) / 0.3)))
     i = torch.randint(len(course.blocks) * VALUES * COPIES, (s["batch"],), generator=course.g)
-    places = course.blocks[i // (VALUES * COPIES)], i % (VALUES * COPIES)
-    crops = as_crops(bank.pictures[places].to(course.device))
+    block, place = i // (VALUES * COPIES), i % (VALUES * COPIES)
+    pictures, mirrored = bank.pictures[course.blocks[block], place], course.mirrored[block]
+    pictures[mirrored] = pictures[mirrored].flip(-1)
+    crops = as_crops(pictures.to(course.device))
     with course.precision():
         hidden = hidden_features(course.encoder, augment(crops, course.g, strength, s["texture"]) if strength else crops)
         said = {name: course.projections[name](hidden[name]).float() for name in GROUPS}
@@ -616,7 +622,7 @@ def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there wer
         norm.weight[norm.running_var < norm.eps] = 0.0
     return sum(int((norm.weight == 0).sum()) for norm in norms)
 
-# %% ../nbs/03_expression.ipynb #cell-063
+# %% ../nbs/03_expression.ipynb #cell-064
 @torch.no_grad()
 def turn_down(encoder: ExpressionEncoder) -> None:
     "The same function with hidden units of variance 1 and a face vector to match: a ReLU passes any factor on, and the norm behind it takes it out again."
@@ -624,7 +630,7 @@ def turn_down(encoder: ExpressionEncoder) -> None:
     for head in encoder.heads.values():
         first, _, norm = head.trunk[:3]
         loud = (norm.running_var + norm.eps).sqrt()
-        first.weight.div_(loud[:, None]), first.bias.div_(loud), norm.running_mean.div_(loud), norm.running_var.div_(loud**2)
+        first.weight.div_(loud[:, None]), first.bias.div_(loud), norm.running_mean.div_(loud), norm.running_var.fill_(1 - norm.eps)
         firsts.append(first)
     louder = 0.1 / torch.cat([first.weight.abs().flatten() for first in firsts]).median()
     vector.weight.div_(louder), vector.bias.div_(louder)
@@ -633,12 +639,13 @@ def turn_down(encoder: ExpressionEncoder) -> None:
 
 # %% ../nbs/03_expression.ipynb #cell-065
 PARTS_OF_A_COURSE = ("encoder", "projections", "optimizer")
+OF_THE_ROUND = ("step", "seen", "blocks", "mirrored", "targets")
 
 
 def save_course(course: Course, path) -> None:
     "Atomic: the old checkpoint stays until the new one is whole."
     state = {name: getattr(course, name).state_dict() for name in PARTS_OF_A_COURSE}
-    state |= {"settings": course.settings, "step": course.step, "dice": course.g.get_state(), "blocks": course.blocks, "targets": course.targets}
+    state |= {name: getattr(course, name) for name in OF_THE_ROUND} | {"settings": course.settings, "dice": course.g.get_state()}
     with atomic(path) as part:
         torch.save(state, part)
 
@@ -651,7 +658,8 @@ def load_course(course: Course, path) -> None:
         raise ValueError(f"{path} belongs to another run: {changed} (stored, asked for); start a new run or keep its settings")
     for name in PARTS_OF_A_COURSE:
         getattr(course, name).load_state_dict(state[name])
-    course.step, course.blocks, course.targets = state["step"], state["blocks"].cpu(), state["targets"]
+    for name in OF_THE_ROUND:
+        setattr(course, name, state[name].cpu() if name in ("blocks", "mirrored") else state[name])
     course.g.set_state(state["dice"].cpu())
 
 # %% ../nbs/03_expression.ipynb #cell-066
@@ -731,7 +739,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--texture", type=float, default=0.0, help="of other surfaces among it (default: 0, none)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
     parser.add_argument("--pictures", type=Path, default=None, help="folder of drawn pictures (default: RUN/pictures)")
-    parser.add_argument("--blocks", type=int, default=500, help="blocks of 64 pictures to learn from (default: 500)")
+    parser.add_argument("--blocks", type=int, default=None, help="blocks of 64 pictures of 16 people to learn from (default: 500 for tiny, 1500 for mini)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="half the bits: twice as fast where the device can")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly")
@@ -759,15 +767,16 @@ def run_course(args: argparse.Namespace) -> int:
     checkpoint, log = run / "checkpoint.pt", run / "log.csv"
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} is there already: --resume goes on from it, another --run starts anew")
-    if args.blocks < 2 or args.steps < 1:
-        raise ValueError(f"want at least 2 blocks and 1 step, got --blocks {args.blocks} --steps {args.steps}")
+    blocks = {"tiny": 500, "mini": 1500}[args.config] if args.blocks is None else args.blocks
+    if blocks < 2 or args.steps < 1:
+        raise ValueError(f"want at least 2 blocks and 1 step, got --blocks {blocks} --steps {args.steps}")
     init = None if args.init is None else ExpressionEncoder.from_pretrained(args.init)
     if init is not None and init.config != config:
         raise ValueError(f"want {args.init} to hold an encoder of size {args.config}, got {init.config}")
     run.mkdir(parents=True, exist_ok=True)
     pictures = args.pictures or run / "pictures"
-    bank = stored_bank(pictures, args.blocks, config.image_size, 5_000_000, device)
-    rough = stored_bank(pictures, math.ceil(0.24 * args.blocks), config.image_size, 9_000_000, device, jitter=ROUGHLY)
+    bank = stored_bank(pictures, blocks, config.image_size, 5_000_000, device)
+    rough = stored_bank(pictures, min(200, math.ceil(0.24 * blocks)), config.image_size, 9_000_000, device, jitter=ROUGHLY)
     last = 0
     with open(log, "a", newline="") as file:
         table = csv.writer(file)

@@ -42,8 +42,8 @@ class TokenConfig:
 
     @classmethod
     def mini(cls):
-        "For one GPU and minutes."
-        return cls(width=512, resampler_width=256, depth=2, heads=4, frame_position=True)
+        "For one GPU, or a patient CPU."
+        return cls(width=256, resampler_width=128, depth=1, heads=4, head_width=32, frame_position=True)
 
     @classmethod
     def tiny(cls):

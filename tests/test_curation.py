@@ -113,6 +113,27 @@ def test_a_second_run_does_only_what_is_missing(curated, rushes, monkeypatch, tm
     assert [p.name for p in calls] == ["two.mp4"]
     curate(rushes, out, CurationConfig(sharpness=1.0), processes=1, show=False)
     assert len(calls) == 5  # another config: all again
+    assert not [p for part in ("clips", "tracks") for p in (out / part).iterdir() if "cut" in p.name]  # clips of the old config do not stay behind
+
+
+def test_odd_sizes_and_damaged_ends(tmp_path):
+    import av
+
+    frames = film([3])[:, :127, :127]
+    with av.open(str(tmp_path / "odd.mkv"), "w") as container:  # lossless: the one way to store odd sides
+        stream = container.add_stream("ffv1", 25)
+        stream.width, stream.height, stream.pix_fmt = 127, 127, "bgr0"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode())
+    write_video(tmp_path / "whole.mkv", film([4]), 25)
+    data = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "torn.mkv").write_bytes(data[: len(data) // 2])
+    with pytest.warns(UserWarning, match="128x128"):
+        rows = curate(tmp_path, tmp_path / "out", processes=1, show=False)
+    assert {row["source"].split("/")[-1] for row in rows} == {"odd.mkv", "whole.mkv", "torn.mkv"}
+    odd = next(i for i, row in enumerate(ClipFolder(tmp_path / "out").rows) if "odd" in row["clip"])
+    assert ClipFolder(tmp_path / "out")[odd].frames.shape == (9, 3, 64, 64)
 
 
 def read_manifest(folder):

@@ -262,6 +262,30 @@ def test_sleeping_units_wake_and_the_others_keep_what_they_know():
     assert torch.equal(layer.weight[others], before[others]) and not torch.equal(layer.weight[3], before[3])
 
 
+@torch.no_grad()
+def test_turning_down_changes_no_feature():
+    from fantasy_nb.expression import turn_down
+
+    torch.manual_seed(0)
+    encoder = ExpressionEncoder(ExpressionConfig(image_size=24, width=16, depth=1, hidden=32, heatmaps=8, readout=2, mouth_embed=0)).double().eval()
+    for head in encoder.heads.values():
+        head.trunk[2].running_var.copy_(10 ** torch.linspace(-6, 8, 32))  # from faint to far beyond float16
+        head.trunk[0].weight.mul_(head.trunk[2].running_var.sqrt()[:, None])
+    crops = torch.rand(16, 3, 24, 24).double() * 2 - 1
+    before = encoder(crops).pack()
+    turn_down(encoder)
+    after = encoder(crops).pack()
+    assert (after - before).norm() < 1e-9 * (before - before.mean(0)).norm()
+    assert max(v.abs().max() for v in encoder.state_dict().values()) < 6e4
+
+
+def test_numbers_beyond_float16_are_kept(tmp_path):
+    encoder = ExpressionEncoder(ExpressionConfig(image_size=24, width=16, depth=1, hidden=32, heatmaps=8, readout=2, mouth_embed=0))
+    encoder.heads["eyes"].trunk[2].running_var.fill_(1e8)
+    encoder.save_pretrained(tmp_path)
+    assert (ExpressionEncoder.from_pretrained(tmp_path).heads["eyes"].trunk[2].running_var == 1e8).all()
+
+
 def test_a_torn_checkpoint_is_one_clear_error(tmp_path):
     from fantasy_nb.core import read_checkpoint
 
