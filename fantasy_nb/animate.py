@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'PipelineConfig', 'resize', 'face_boxes', 'fit_portrait', 'window_starts', 'blend_windows', 'Animation',
            'square', 'load_portrait', 'load_driver', 'find_people', 'find_drivers', 'film_velocity', 'frames_velocity',
-           'denoise', 'to_pixels', 'decode_film', 'StoredPipeline', 'PortraitPipeline', 'check_assignment', 'animate',
-           'build_parser', 'check_output', 'run_animation', 'main']
+           'denoise', 'to_pixels', 'decode_film', 'among_diffusers', 'StoredPipeline', 'by_name', 'each_person',
+           'PortraitPipeline', 'check_assignment', 'animate', 'build_parser', 'check_output', 'named_drivers',
+           'run_animation', 'main']
 
 # %% ../nbs/11_animate.ipynb #cell-004
 import argparse
 import json
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Callable
 
@@ -23,7 +26,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import OneLineParser, as_frames, data_samples, read_image, read_video, tile_frames, write_image, write_video
+from .core import OneLineParser, as_frames, data_samples, has_sound, read_image, read_video, tile_frames, write_image, write_video
 from .data import grown_boxes
 from .expression import ExpressionEncoder, Features
 from .flow import euler, guided, heun, multistep, time_grid, to_velocity
@@ -126,6 +129,12 @@ class Animation:
     tracks: list[FaceTrack]  # the drivers' faces, in the order of the people they moved
     drivers: list[np.ndarray] = field(default_factory=list, repr=False)  # their frames, uint8 (f h w 3)
     people: list[int] = field(default_factory=list)  # which person (from 1, left to right) each of them moved
+    files: list = field(default_factory=list)  # the drivers' files, None where a driver was given as frames
+
+    @property
+    def held(self) -> list[int]:
+        "For each driver the number of frames without a visible face: there the face of the frames around is held."
+        return [int((~track.present).sum()) for track in self.tracks]
 
     def compare(self, height: int = 256) -> np.ndarray:  # uint8 (f h w 3)
         "The film with its drivers beside it."
@@ -140,12 +149,15 @@ class Animation:
         picks = np.linspace(0, len(self.frames) - 1, columns).round().astype(int)
         return tile_frames(self.compare(160)[picks], columns=2)
 
-    def save(self, path, compare: bool = False, height: int | None = None) -> None:
-        "Write an H.264 file that says in its metadata that it is generated; `height` enlarges small films."
+    def save(self, path, compare: bool = False, height: int | None = None, sound: int | None = None) -> None:
+        "Write an H.264 file that says in its metadata that it is generated; `height` enlarges small films, `sound` keeps that driver's sound (from 1). Raises ValueError where it has none."
+        if sound is not None and not (1 <= sound <= len(self.files) and self.files[sound - 1]):
+            raise ValueError(f"want the sound of a driver that is a file, 1 to {len(self.files)}, got {sound}")
         frames = self.compare(height or 256) if compare else self.frames
         if height and not compare:
             frames = np.stack([resize(frame, (height, round(frame.shape[1] * height / frame.shape[0]))) for frame in frames])
-        write_video(path, frames, self.fps, metadata={"comment": "Generated with fantasy_nb: a synthetic animation, not a recording."})
+        said = {"comment": "Generated with fantasy_nb: a synthetic animation, not a recording."}
+        write_video(path, frames, self.fps, metadata=said, sound=self.files[sound - 1] if sound else None)
 
 # %% ../nbs/11_animate.ipynb #cell-016
 def square(frame: np.ndarray, size: int) -> np.ndarray:
@@ -184,19 +196,20 @@ def find_people(picture: np.ndarray) -> list[FaceTrack]:
     return faces
 
 
-def find_drivers(drivers: list, people: int, frames: int | None, show: bool) -> tuple[list, list, float]:  # frames, tracks, fps
+def find_drivers(drivers: list, people: int, frames: int | None, show: bool) -> tuple[list, list, float, list]:  # frames, tracks, fps, files
     "Read and track every driver; a single video may bring several people. Raises ValueError where there are too many or one has no face."
     if not 1 <= len(drivers) <= people:
         raise ValueError(f"want 1 to {people} drivers for the {people} faces in the portrait, got {len(drivers)}")
-    pictures, tracks, fps = [], [], None
+    pictures, tracks, fps, files = [], [], None, []
     for driver in tqdm(drivers, desc="tracking drivers", unit="video", disable=not show):
         film, fps = load_driver(driver, frames, fps)
         found = track_faces(film, people if len(drivers) == 1 else 1, fps=fps)
         if not found:
             raise ValueError(f"want a driver with a face, found none in {driver if isinstance(driver, (str, os.PathLike)) else 'the frames given'}")
         pictures, tracks = pictures + [film] * len(found), tracks + found
+        files += [driver if isinstance(driver, (str, os.PathLike)) else None] * len(found)
     length = min(map(len, pictures))
-    return [p[:length] for p in pictures], [t[:length] for t in tracks], fps
+    return [p[:length] for p in pictures], [t[:length] for t in tracks], fps, files
 
 # %% ../nbs/11_animate.ipynb #cell-022
 def film_velocity(
@@ -272,12 +285,28 @@ def decode_film(
     stills = rearrange(latents, "1 c f h w -> f c 1 h w").split(16)
     return np.concatenate([to_pixels(rearrange(vae.decode(part), "f c 1 h w -> 1 c f h w")) for part in stills])
 
-# %% ../nbs/11_animate.ipynb #cell-027
-class StoredPipeline:
-    "The three parts of a pipeline and its folder on disk."
+# %% ../nbs/11_animate.ipynb #cell-028
+@cache
+def among_diffusers(kind: type) -> type:
+    "The same class as a diffusers DiffusionPipeline, or itself where diffusers is not installed. Imports diffusers."
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError:
+        return kind
+    return type(kind.__name__, (kind, DiffusionPipeline), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
-    def __init__(self, vae: VideoVAE, encoder: ExpressionEncoder, animator: Animator, config: PipelineConfig = PipelineConfig()):
-        self.vae, self.encoder, self.animator, self.config = vae.eval(), encoder.eval(), animator.eval(), config
+
+class StoredPipeline:
+    "The parts of a pipeline, where they are, and their folder on disk."
+
+    def __new__(cls, *parts, **named):
+        return object.__new__(among_diffusers(cls))
+
+    def __init__(self, vae: VideoVAE, encoder: ExpressionEncoder, animator: Animator, settings: PipelineConfig = PipelineConfig()):
+        super().__init__()
+        parts = {"vae": vae.eval(), "encoder": encoder.eval(), "animator": animator.eval()}
+        self.register_modules(**parts) if hasattr(self, "register_modules") else self.__dict__.update(parts)
+        self.settings, self.place, self.resting = settings, next(animator.parameters()).device, None
 
     @classmethod
     def from_pretrained(cls, name="tiny", device="cpu") -> "PortraitPipeline":
@@ -291,8 +320,8 @@ class StoredPipeline:
         vae = VideoVAE.from_pretrained(folder / "vae").to(device)
         encoder = ExpressionEncoder.from_pretrained(folder / "encoder").to(device)
         stored = folder / "pipeline.json"
-        config = PipelineConfig(**json.loads(stored.read_text())) if stored.exists() else PipelineConfig()
-        return cls(vae, encoder, Animator.from_pretrained(folder, device), config)
+        settings = PipelineConfig(**json.loads(stored.read_text())) if stored.exists() else PipelineConfig()
+        return cls(vae, encoder, Animator.from_pretrained(folder, device), settings)
 
     def save_pretrained(self, folder) -> None:
         "Write vae/, encoder/, dit/, tokens/ and pipeline.json: safetensors and JSON only."
@@ -300,30 +329,79 @@ class StoredPipeline:
         self.vae.save_pretrained(folder / "vae")
         self.encoder.save_pretrained(folder / "encoder")
         self.animator.save_pretrained(folder)
-        (folder / "pipeline.json").write_text(json.dumps(asdict(self.config), indent=2))
+        (folder / "pipeline.json").write_text(json.dumps(asdict(self.settings), indent=2))
 
     @property
     def device(self) -> torch.device:
-        return next(self.animator.parameters()).device
+        "Where it works."
+        return self.place
 
-# %% ../nbs/11_animate.ipynb #cell-028
+    def to(self, device) -> "PortraitPipeline":
+        "Move all parts; they stay there."
+        self.place, self.resting = torch.device(device), None
+        for part in (self.vae, self.encoder, self.animator):
+            part.to(self.place)
+        return self
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device="cuda") -> None:
+        "Keep the parts on the CPU; each goes to the device for as long as it is needed. Slower, and as large as the largest part alone."
+        self.to("cpu")
+        self.place, self.resting = torch.device(device if gpu_id is None else f"{device}:{gpu_id}"), torch.device("cpu")
+
+    @contextmanager
+    def at_work(self, part: torch.nn.Module):
+        "The part on the working device, and back where it rests."
+        if self.resting is None:
+            yield part
+            return
+        part.to(self.place)
+        try:
+            yield part
+        finally:
+            part.to(self.resting)
+
+# %% ../nbs/11_animate.ipynb #cell-030
+def by_name(drivers, names: list[str] | None, assign: list[int] | None) -> tuple[list, list[int] | None]:
+    "Drivers as a list, and whom they move. Raises ValueError for names that nobody has."
+    if not isinstance(drivers, dict):
+        return drivers if isinstance(drivers, list) else [drivers], assign
+    unknown = [name for name in drivers if name not in (names or [])]
+    if unknown or assign is not None or len(set(names)) < len(names):
+        raise ValueError(f"want drivers by name to go with different names, from left to right, and no assign; got drivers for {list(drivers)}, names={names}, assign={assign}")
+    return list(drivers.values()), [names.index(name) + 1 for name in drivers]
+
+
+def each_person(strength, people: int, names: list[str] | None, what: str) -> list[float]:
+    "A strength for everybody. Raises ValueError where it is negative, or not one for all, one for each or one by name."
+    if isinstance(strength, dict):
+        unknown = [name for name in strength if name not in (names or [])]
+        if unknown:
+            raise ValueError(f"want {what} for people in names={names}, got it for {unknown}")
+        strength = [strength.get(name, 1.0) for name in names]
+    values = list(strength) if isinstance(strength, (list, tuple)) else [strength] * people
+    values = values * people if len(values) == 1 else values
+    if len(values) != people or min(values) < 0:
+        raise ValueError(f"want {what} of 0 or more, one for all or one for each of the {people} people, got {strength}")
+    return values
+
+# %% ../nbs/11_animate.ipynb #cell-031
 class PortraitPipeline(StoredPipeline):
     "Portrait and drivers -> film."
 
     @torch.no_grad()
     def features(self, pictures: np.ndarray, track: FaceTrack) -> Tensor:  # (f 554)
         "What a tracked face expresses."
-        crops = align_crop(pictures, track, self.config.crop, self.config.keep_roll)
+        crops = align_crop(pictures, track, self.settings.crop, self.settings.keep_roll)
         return torch.cat([self.encoder(part.to(self.device)).pack() for part in crops.split(64)])
 
-    def performances(self, picture, people, films, tracks, assign, **dials) -> Tensor:  # (p 1+4n 554)
-        "Everybody's features: the portrait's own moment, then the driver's (as strong as the dials say), held at the end up to a whole window."
+    def performances(self, picture, people, films, tracks, assign, dials: list[dict]) -> Tensor:  # (p 1+4n 554)
+        "Everybody's features: the portrait's own moment, then the driver's (as strong as the person's dials say), held at the end up to a whole window."
         rows, length = [], len(films[0])
         for k, face in enumerate(people, 1):
             own = moved = self.features(picture[None], face)
             if k in assign:
                 moved = self.features(films[assign.index(k)], tracks[assign.index(k)])
-                moved = strengthen(Features.unpack(moved), **dials).pack()
+                moved = strengthen(Features.unpack(moved), **dials[k - 1]).pack()
             moved = moved.expand(length, -1)
             rows.append(torch.cat([own, moved, moved[-1:].expand(-length % 4, -1)]))
         return torch.stack(rows)
@@ -332,7 +410,7 @@ class PortraitPipeline(StoredPipeline):
     def __call__(
         self,
         portrait,  # path, uint8 (h w 3) or float (3 h w) in [0, 1]
-        drivers,  # one or a list of: path, frames, (frames, fps); left to right
+        drivers,  # one or a list of: path, frames, (frames, fps); left to right; or {name: one of these}
         frames: int | None = None,  # length of the film; None: of the shortest driver
         steps: int | None = None,  # solver steps; None, here and below: what the weights recommend
         guidance: float | None = None,  # expression guidance; 1 = none
@@ -343,31 +421,37 @@ class PortraitPipeline(StoredPipeline):
         solver: str | None = None,  # "euler", "heun" or "multistep"
         interval: tuple[float, float] | None = None,  # times (low, high) at which to guide
         window: int | None = None,  # latent frames of a window; 0: every frame by itself
-        mouth: float = 1.0,  # strength of the drivers' mouths: 0 = their mean, 1 = as performed, above 1 = exaggerated (chapter 04)
-        emotion: float = 1.0,
-        overall: float = 1.0,  # of everything, the head too
+        mouth=1.0,  # strength of the drivers' mouths: 0 = their mean, 1 = as performed, above 1 = exaggerated (chapter 04); one for all, one for each person, or {name: strength}
+        emotion=1.0,
+        overall=1.0,  # of everything, the head too
+        names: list[str] | None = None,  # the portrait's people, from left to right
     ) -> Animation:
         "Animate everybody who has a driver. Raises ValueError for pictures without faces, too many drivers, wrong assignments or settings."
         asked = dict(steps=steps, guidance=guidance, draws=draws, solver=solver, interval=interval, window=window)
-        c, drivers = replace(self.config, **{k: v for k, v in asked.items() if v is not None}), drivers if isinstance(drivers, list) else [drivers]
+        c, show = replace(self.settings, **{k: v for k, v in asked.items() if v is not None}), show and not getattr(self, "_progress_bar_config", {}).get("disable")
         if frames is not None and frames < 1:
             raise ValueError(f"want at least one frame, got frames={frames}")
-        if min(mouth, emotion, overall) < 0:
-            raise ValueError(f"want strengths of 0 or more, got mouth={mouth}, emotion={emotion}, overall={overall}")
-        picture = load_portrait(portrait)
+        picture, (drivers, assign) = load_portrait(portrait), by_name(drivers, names, assign)
         people = find_people(picture)
-        films, tracks, fps = find_drivers(drivers, len(people), frames, show)
+        if names is not None and len(names) != len(people):
+            raise ValueError(f"want a name for each of the {len(people)} people in the portrait, got {names}")
+        strengths = {what: each_person(value, len(people), names, what) for what, value in (("mouth", mouth), ("emotion", emotion), ("overall", overall))}
+        films, tracks, fps, files = find_drivers(drivers, len(people), frames, show)
         assign = check_assignment(assign, len(tracks), len(people))
         working, boxes, size = fit_portrait(picture, face_boxes(people), c)
         owners = owners_from_portrait(boxes, working.shape[:2], 5, 8 * self.animator.dit.config.patch[1]).to(self.device)
-        features = self.performances(picture, people, films, tracks, assign, mouth=mouth, emotion=emotion, overall=overall)
-        latents = self.vae.encode(torch.from_numpy(working).permute(2, 0, 1)[None, :, None].to(self.device) / 127.5 - 1)
+        with self.at_work(self.encoder):
+            features = self.performances(picture, people, films, tracks, assign, [{what: values[k] for what, values in strengths.items()} for k in range(len(people))])
+        with self.at_work(self.vae) as vae:
+            latents = vae.encode(torch.from_numpy(working).permute(2, 0, 1)[None, :, None].to(self.device) / 127.5 - 1)
         rounds = tqdm(range(c.draws), desc="draws", unit="draw", disable=not show or c.draws == 1)
-        latents = sum(denoise(self.animator, c, latents, features, owners, seed + 7919 * k, show and c.draws == 1) for k in rounds) / c.draws
-        film = decode_film(self.vae, latents, c.window)[: len(films[0]), : size[0], : size[1]]
-        return Animation(film, fps, tracks, films, assign)
+        with self.at_work(self.animator) as animator:
+            latents = sum(denoise(animator, c, latents, features, owners, seed + 7919 * k, show and c.draws == 1) for k in rounds) / c.draws
+        with self.at_work(self.vae) as vae:
+            film = decode_film(vae, latents, c.window)[: len(films[0]), : size[0], : size[1]]
+        return Animation(film, fps, tracks, films, assign, files)
 
-# %% ../nbs/11_animate.ipynb #cell-029
+# %% ../nbs/11_animate.ipynb #cell-032
 def check_assignment(assign: list[int] | None, drivers: int, people: int) -> list[int]:
     "Which person each driver moves, from 1. Raises ValueError unless they are different people of the portrait."
     assign = list(range(1, drivers + 1)) if assign is None else list(assign)
@@ -375,7 +459,7 @@ def check_assignment(assign: list[int] | None, drivers: int, people: int) -> lis
         raise ValueError(f"want {drivers} different people out of 1 to {people} to assign the drivers to, got {assign}")
     return assign
 
-# %% ../nbs/11_animate.ipynb #cell-030
+# %% ../nbs/11_animate.ipynb #cell-033
 def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation:
     "One call: load the weights, animate, and write a file where `out` is given."
     animation = PortraitPipeline.from_pretrained(weights)(portrait, drivers, **options)
@@ -383,7 +467,7 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-063
+# %% ../nbs/11_animate.ipynb #cell-068
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -391,6 +475,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--drive", action="append", required=True, metavar="VIDEO", help="driving video; once per person, left to right (one video with several people works, too)")
     parser.add_argument("-o", "--out", required=True, metavar="OUT.mp4", help="file to write (H.264)")
     parser.add_argument("--assign", type=int, nargs="+", metavar="N", help="person (1 = leftmost) that each driver moves, e.g. --assign 2 1")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="the people in the portrait, from left to right; then --drive NAME=VIDEO moves who is meant")
     parser.add_argument("--weights", default="tiny", help="tiny, or a folder of weights (default: tiny)")
     parser.add_argument("--frames", type=int, help="length of the film (default: the shortest driver's)")
     parser.add_argument("--steps", type=int, help="solver steps (default: what the weights recommend)")
@@ -400,16 +485,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--draws", type=int, help="films from different noises, averaged (default: what the weights recommend)")
     parser.add_argument("--window", type=int, help="latent frames that are drawn together; 0 = every frame by itself (default: what the weights recommend)")
     for dial, what in (("mouth", "the drivers' mouths"), ("emotion", "their emotions"), ("overall", "all they do, heads too")):
-        parser.add_argument(f"--{dial}", type=float, default=1.0, metavar="STRENGTH", help=f"how strong {what}: 0 = at rest, 1 = as performed (default), above 1 = exaggerated")
+        parser.add_argument(f"--{dial}", type=float, nargs="+", default=[1.0], metavar="STRENGTH", help=f"how strong {what}: 0 = at rest, 1 = as performed (default), above 1 = exaggerated; one for all, or one for each person from left to right")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--height", type=int, default=256, help="height of the written film in pixels; 0 = as generated (default: 256)")
+    parser.add_argument("--sound", type=int, metavar="N", help="keep the sound of driver N (from 1)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--offload", action="store_true", help="with --device cuda: every part waits on the CPU until it is needed")
     parser.add_argument("--compare", action="store_true", help="lay the drivers beside the result")
     parser.add_argument("--sheet", metavar="OUT.png", help="also write a contact sheet")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-# %% ../nbs/11_animate.ipynb #cell-064
+# %% ../nbs/11_animate.ipynb #cell-069
 def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     "Raise before the work starts where a file could not be written after it."
     if path is None:
@@ -425,28 +513,44 @@ def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     probe.touch()
     probe.unlink()
 
-# %% ../nbs/11_animate.ipynb #cell-065
+# %% ../nbs/11_animate.ipynb #cell-070
+def named_drivers(drive: list[str], names: list[str] | None):  # a list of files, or {name: file}
+    "What --drive says. Raises ValueError where only some drivers have a name, or one has two."
+    pairs = [text.partition("=") for text in drive]
+    if not names or not any(name in names for name, sign, _ in pairs if sign):
+        return drive
+    if not all(sign and name in names for name, sign, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise ValueError(f"want every --drive as NAME=VIDEO with a different name out of {', '.join(names)}, got {drive}")
+    return {name: file for name, _, file in pairs}
+
+
 def run_animation(args: argparse.Namespace) -> None:
     "What `fantasy-animate` does once its arguments are read."
-    for path in [args.portrait, *args.drive]:
+    drivers = named_drivers(args.drive, args.names)
+    for path in [args.portrait, *(drivers.values() if isinstance(drivers, dict) else drivers)]:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no file {path}")
+    files = list(drivers.values() if isinstance(drivers, dict) else drivers)
+    if args.sound is not None and not (1 <= args.sound <= len(files) and has_sound(files[args.sound - 1])):
+        raise ValueError(f"want --sound of a driver that has some, 1 to {len(files)}, got {args.sound}")
     check_output(args.out, (".mp4", ".mov", ".mkv"))
     check_output(args.sheet, (".png", ".jpg"))
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("want --device cpu: there is no CUDA device here")
     pipeline = PortraitPipeline.from_pretrained(args.weights)
-    names = ("frames", "steps", "guidance", "seed", "assign", "draws", "solver", "interval", "window", "mouth", "emotion", "overall")
-    film = pipeline(args.portrait, args.drive, show=not args.quiet, **{name: getattr(args, name) for name in names})
-    gaps = [int((~track.present).sum()) for track in film.tracks]
-    if any(gaps):
-        print(f"note: frames without a visible driver face, filled in: {gaps} of {len(film.frames)}", file=sys.stderr)
-    film.save(args.out, args.compare, args.height or None)
+    pipeline.enable_model_cpu_offload(device=args.device) if args.offload else pipeline.to(args.device)
+    options = ("frames", "steps", "guidance", "seed", "assign", "draws", "solver", "interval", "window", "mouth", "emotion", "overall", "names")
+    film = pipeline(args.portrait, drivers, show=not args.quiet, **{name: getattr(args, name) for name in options})
+    if any(film.held):
+        print(f"note: frames without a visible driver face, held: {film.held} of {len(film.frames)}", file=sys.stderr)
+    film.save(args.out, args.compare, args.height or None, args.sound)
     if args.sheet:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-# %% ../nbs/11_animate.ipynb #cell-066
+# %% ../nbs/11_animate.ipynb #cell-071
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['draw_tensor', 'seed_everything', 'default_device', 'zero_', 'as_frames', 'tile_frames', 'show_frames', 'atomic',
-           'read_checkpoint', 'pad_even', 'write_video', 'show_clip', 'open_video', 'upright', 'display_matrix',
-           'on_even_grid', 'true_rate', 'read_video', 'read_image', 'write_image', 'data_samples', 'OneLineParser']
+           'read_checkpoint', 'pad_even', 'has_sound', 'sound_of', 'write_video', 'show_clip', 'open_video', 'upright',
+           'display_matrix', 'on_even_grid', 'true_rate', 'read_video', 'read_image', 'write_image', 'data_samples',
+           'OneLineParser']
 
 # %% ../nbs/00_core.ipynb #cell-003
 import argparse
@@ -18,10 +19,12 @@ import tempfile
 import warnings
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain, takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 # %% ../nbs/00_core.ipynb #cell-006
@@ -151,9 +154,11 @@ def atomic(
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield part
+        with open(part, "rb") as written:
+            os.fsync(written.fileno())  # on the disk, not only on its way there
         os.replace(part, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have words of their own for a full disk
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -177,14 +182,39 @@ def pad_even(
     return np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
 
 # %% ../nbs/00_core.ipynb #cell-046
+def has_sound(path) -> bool:
+    "Has this file a sound track?"
+    import av
+
+    with av.open(str(path)) as source:
+        return bool(source.streams.audio)
+
+
+def sound_of(
+    path,  # a file with sound
+    track,  # the stream of the container that it goes into
+    seconds: float,  # how much of it
+):  # packets
+    "The beginning of a file's sound, encoded anew."
+    import av
+
+    with av.open(str(path)) as source:
+        fitted = av.AudioResampler(format="fltp", layout="stereo", rate=track.rate, frame_size=1024)
+        pieces = (piece for frame in chain(source.decode(audio=0), [None]) for piece in fitted.resample(frame))  # None: what is left
+        for piece in takewhile(lambda piece: (piece.time or 0) < seconds, pieces):
+            yield from track.encode(piece)
+        yield from track.encode()
+
+# %% ../nbs/00_core.ipynb #cell-047
 def write_video(
     path,  # its ending picks the container: .mp4, .mov, .mkv
     frames,  # uint8 (f h w 3) or float (f 3 h w) in [0, 1]
     fps: float = 25.0,  # 29.97... is stored as 30000/1001
     crf: int = 18,  # 0 lossless, 18 hardly visible, 28 small
     metadata: dict | None = None,  # e.g. {"comment": "generated"}
+    sound=None,  # a file whose sound comes along, as long as there are pictures
 ) -> Path:
-    "Write H.264 that a browser plays (yuv420p, index first), whole or not at all."
+    "Write H.264 that a browser plays (yuv420p, index first), whole or not at all. Raises ValueError for no frames, or a `sound` that has none."
     import av
 
     if Path(path).suffix.lower() not in (".mp4", ".mov", ".mkv"):
@@ -192,18 +222,23 @@ def write_video(
     frames = pad_even(as_frames(frames))
     if not len(frames) or not fps > 0:
         raise ValueError(f"want at least one frame and fps > 0, got {len(frames)} frames at {fps} fps")
+    if sound and not has_sound(sound):
+        raise ValueError(f"no sound in {sound}")
     with atomic(path) as part, av.open(str(part), "w", options={"movflags": "+faststart"}) as container:
         container.metadata.update(metadata or {})
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.options = {"crf": str(crf)}
         stream.codec_context.colorspace, stream.codec_context.color_range = 6, 1  # say what it is: BT.601, 16 to 235
+        track = container.add_stream("aac", rate=48000) if sound else None
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+        for packet in sound_of(sound, track, len(frames) / fps) if sound else ():
+            container.mux(packet)
     return Path(path)
 
-# %% ../nbs/00_core.ipynb #cell-049
+# %% ../nbs/00_core.ipynb #cell-050
 def show_clip(
     frames,  # uint8 (f h w 3) or float (f 3 h w) in [0, 1]
     fps: float = 25.0,
@@ -221,7 +256,7 @@ def show_clip(
     source = f' src="data:video/mp4;base64,{data}"></video>'
     display(HTML(f"<figure>{video}{source}<figcaption>{caption}</figcaption></figure>"))
 
-# %% ../nbs/00_core.ipynb #cell-052
+# %% ../nbs/00_core.ipynb #cell-053
 @contextmanager
 def open_video(
     path,  # a file
@@ -241,7 +276,7 @@ def open_video(
     except (av.FFmpegError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path} as a video: {getattr(error, 'strerror', error)}") from None
 
-# %% ../nbs/00_core.ipynb #cell-055
+# %% ../nbs/00_core.ipynb #cell-056
 def upright(
     picture: np.ndarray,  # (h w 3), as stored in the file
     matrix: bytes | None,  # the file's 3x3 display matrix: 36 bytes, little-endian
@@ -253,7 +288,7 @@ def upright(
     picture, (flip_x, flip_y) = (picture, (a < 0, d < 0)) if a else (picture.swapaxes(0, 1), (c < 0, b < 0))
     return np.ascontiguousarray(picture[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
 
-# %% ../nbs/00_core.ipynb #cell-060
+# %% ../nbs/00_core.ipynb #cell-061
 def display_matrix(
     frame,  # av.VideoFrame
 ) -> bytes | None:  # 36 bytes
@@ -265,7 +300,7 @@ def display_matrix(
         turn = np.exp(1j * np.deg2rad(frame.rotation))
         return (np.array([turn.real, -turn.imag, 0, turn.imag, turn.real, 0, 0, 0, 1]).round() * 65536).astype("<i4").tobytes()
 
-# %% ../nbs/00_core.ipynb #cell-065
+# %% ../nbs/00_core.ipynb #cell-066
 def on_even_grid(
     times,  # (f,) seconds of the frames in the file, growing
     fps: float,  # of the even grid
@@ -276,7 +311,7 @@ def on_even_grid(
     grid = np.arange(max(1, round((times[-1] + gap) * fps))) / fps
     return np.searchsorted(times, grid + 0.499 * gap, side="right") - 1  # a shade under half: no ties
 
-# %% ../nbs/00_core.ipynb #cell-067
+# %% ../nbs/00_core.ipynb #cell-068
 def true_rate(
     times,  # (f,) seconds
     stated: float,  # frames a second, as the file's header says
@@ -287,7 +322,7 @@ def true_rate(
         return stated, True
     return float(Fraction(1 / np.median(gaps)).limit_denominator(1001)), False
 
-# %% ../nbs/00_core.ipynb #cell-072
+# %% ../nbs/00_core.ipynb #cell-073
 def read_video(
     path,  # any file that FFmpeg can decode
     max_frames: int | None = None,  # at most this many
@@ -317,7 +352,7 @@ def read_video(
     keep = range(len(frames)) if even else on_even_grid(times, rate)
     return np.stack([frames[i] for i in keep][:max_frames]), rate
 
-# %% ../nbs/00_core.ipynb #cell-081
+# %% ../nbs/00_core.ipynb #cell-082
 def read_image(
     path,  # .png, .jpg, .webp ...
 ) -> np.ndarray:  # uint8 RGB (h w 3)
@@ -332,7 +367,7 @@ def read_image(
         raise ValueError(f"cannot read {path} as a picture: {error}") from None
     return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
 
-# %% ../nbs/00_core.ipynb #cell-082
+# %% ../nbs/00_core.ipynb #cell-083
 def write_image(
     path,  # its ending picks the format
     image,  # uint8 (h w 3) or float (3 h w) in [0, 1]
@@ -344,7 +379,7 @@ def write_image(
         Image.fromarray(as_frames(image)[0]).save(part)
     return Path(path)
 
-# %% ../nbs/00_core.ipynb #cell-085
+# %% ../nbs/00_core.ipynb #cell-086
 def data_samples(
     *parts: str,  # path below the folder, e.g. ("weights", "tiny")
 ) -> Path:
@@ -355,7 +390,7 @@ def data_samples(
             return folder.joinpath(*parts)
     raise FileNotFoundError(f"no data_samples folder in {here} or {here.parent}")
 
-# %% ../nbs/00_core.ipynb #cell-088
+# %% ../nbs/00_core.ipynb #cell-089
 class OneLineParser(argparse.ArgumentParser):
     "Errors of arguments are one line, with exit code 2; `--help` tells the rest."
 

@@ -564,17 +564,14 @@ class Course:
         self.projections = nn.ModuleDict(lines).to(device)
         learned = [*self.encoder.parameters(), *self.projections.parameters()]
         self.optimizer = torch.optim.AdamW(learned, settings["learning_rate"], (0.9, 0.98), weight_decay=0.05)
-        self.seen, self.blocks, self.mirrored, self.targets = 0, None, None, None  # blocks dealt with so far, and what this round has
+        self.blocks = self.targets = None  # of this round
 
     @torch.no_grad()
     def new_targets(self, bank: Bank) -> None:
         "A round begins: a new network's first reads pixels, the others what the network has learned."
         first = self.targets is None and not self.settings["further"]
-        count = min(300 if first else self.settings["pool"], len(bank))
-        self.blocks, self.seen = (self.seen + torch.arange(count)) % len(bank), self.seen + count  # new people as long as there are any
-        self.mirrored = torch.rand(count, generator=self.g) < 0.5
+        self.blocks = torch.arange(min(300, len(bank))) if first else torch.randperm(len(bank), generator=self.g)[: self.settings["pool"]]
         here = bank[self.blocks]
-        here.pictures[self.mirrored] = here.pictures[self.mirrored].flip(-1)
         pictures = here.pictures.flatten(0, 1)
         wake_units(self.encoder, pictures[: 20 * VALUES * COPIES], self.g)
         if first:
@@ -596,10 +593,8 @@ def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     course.optimizer.param_groups[0]["lr"] = s["learning_rate"] * min(1, (course.step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * done))
     strength = s["strength"] * (1.0 if s["further"] else min(1.0, max(0.0, (done - 0.2) / 0.3)))
     i = torch.randint(len(course.blocks) * VALUES * COPIES, (s["batch"],), generator=course.g)
-    block, place = i // (VALUES * COPIES), i % (VALUES * COPIES)
-    pictures, mirrored = bank.pictures[course.blocks[block], place], course.mirrored[block]
-    pictures[mirrored] = pictures[mirrored].flip(-1)
-    crops = as_crops(pictures.to(course.device))
+    places = course.blocks[i // (VALUES * COPIES)], i % (VALUES * COPIES)
+    crops = as_crops(bank.pictures[places].to(course.device))
     with course.precision():
         hidden = hidden_features(course.encoder, augment(crops, course.g, strength, s["texture"]) if strength else crops)
         said = {name: course.projections[name](hidden[name]).float() for name in GROUPS}
@@ -639,7 +634,7 @@ def turn_down(encoder: ExpressionEncoder) -> None:
 
 # %% ../nbs/03_expression.ipynb #cell-065
 PARTS_OF_A_COURSE = ("encoder", "projections", "optimizer")
-OF_THE_ROUND = ("step", "seen", "blocks", "mirrored", "targets")
+OF_THE_ROUND = ("step", "blocks", "targets")
 
 
 def save_course(course: Course, path) -> None:
@@ -659,7 +654,7 @@ def load_course(course: Course, path) -> None:
     for name in PARTS_OF_A_COURSE:
         getattr(course, name).load_state_dict(state[name])
     for name in OF_THE_ROUND:
-        setattr(course, name, state[name].cpu() if name in ("blocks", "mirrored") else state[name])
+        setattr(course, name, state[name].cpu() if name == "blocks" else state[name])
     course.g.set_state(state["dice"].cpu())
 
 # %% ../nbs/03_expression.ipynb #cell-066
@@ -739,7 +734,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--texture", type=float, default=0.0, help="of other surfaces among it (default: 0, none)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
     parser.add_argument("--pictures", type=Path, default=None, help="folder of drawn pictures (default: RUN/pictures)")
-    parser.add_argument("--blocks", type=int, default=None, help="blocks of 64 pictures of 16 people to learn from (default: 500 for tiny, 1500 for mini)")
+    parser.add_argument("--blocks", type=int, default=500, help="blocks of 64 pictures of 16 people to learn from (default: 500)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="half the bits: twice as fast where the device can")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly")
@@ -767,16 +762,15 @@ def run_course(args: argparse.Namespace) -> int:
     checkpoint, log = run / "checkpoint.pt", run / "log.csv"
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} is there already: --resume goes on from it, another --run starts anew")
-    blocks = {"tiny": 500, "mini": 1500}[args.config] if args.blocks is None else args.blocks
-    if blocks < 2 or args.steps < 1:
-        raise ValueError(f"want at least 2 blocks and 1 step, got --blocks {blocks} --steps {args.steps}")
+    if args.blocks < 2 or args.steps < 1:
+        raise ValueError(f"want at least 2 blocks and 1 step, got --blocks {args.blocks} --steps {args.steps}")
     init = None if args.init is None else ExpressionEncoder.from_pretrained(args.init)
     if init is not None and init.config != config:
         raise ValueError(f"want {args.init} to hold an encoder of size {args.config}, got {init.config}")
     run.mkdir(parents=True, exist_ok=True)
     pictures = args.pictures or run / "pictures"
-    bank = stored_bank(pictures, blocks, config.image_size, 5_000_000, device)
-    rough = stored_bank(pictures, min(200, math.ceil(0.24 * blocks)), config.image_size, 9_000_000, device, jitter=ROUGHLY)
+    bank = stored_bank(pictures, args.blocks, config.image_size, 5_000_000, device)
+    rough = stored_bank(pictures, min(200, math.ceil(0.24 * args.blocks)), config.image_size, 9_000_000, device, jitter=ROUGHLY)
     last = 0
     with open(log, "a", newline="") as file:
         table = csv.writer(file)

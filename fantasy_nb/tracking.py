@@ -431,6 +431,8 @@ def track_faces(
     pictures = as_frames(frames)
     if not len(pictures):
         raise ValueError("want at least one frame, got a video of none")
+    if min(pictures.shape[1:3]) < 16:  # no room for a face, and MediaPipe stumbles over single pixels
+        return []
     people = link(pictures, find_meshes(pictures, max_people, backend))
     enough = max(min(3, len(pictures)), min_seen * len(pictures))
     weight = lambda person: len(person.frames) * np.mean([np.ptp(mesh[:, 0]) for mesh in person.meshes])

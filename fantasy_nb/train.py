@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'EVERYTHING', 'LOGGED', 'PICTURES', 'STAGES',
            'ONE_AFTER_THE_OTHER', 'image_condition', 'new_tokens', 'Animator', 'paint_boxes', 'place_weight',
-           'loss_weight', 'channel_weights', 'owners_from_portrait', 'write_whole', 'as_stored', 'encode_clip',
-           'encode_stills', 'pick_moments', 'mirrored', 'encode_clips', 'LatentClips', 'TrainConfig', 'step_generator',
-           'pixel_decoder', 'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA', 'make_accelerator', 'whole',
-           'spread_like', 'save_checkpoint', 'load_checkpoint', 'carries_expression', 'parameter_groups',
-           'forget_expression', 'held_out_loss', 'check_run', 'one_step', 'train', 'append_log', 'Watcher',
-           'build_parser', 'main', 'start_processes', 'fill_caches', 'load_animator', 'run_stage', 'place_in_group',
-           'run_training']
+           'loss_weight', 'channel_weights', 'owners_from_portrait', 'as_stored', 'encode_clip', 'encode_stills',
+           'pick_moments', 'mirrored', 'encode_clips', 'LatentClips', 'TrainConfig', 'step_generator', 'pixel_decoder',
+           'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA', 'make_accelerator', 'whole', 'spread_like',
+           'save_checkpoint', 'load_checkpoint', 'carries_expression', 'parameter_groups', 'forget_expression',
+           'held_out_loss', 'check_run', 'one_step', 'train', 'append_log', 'Watcher', 'build_parser', 'main',
+           'start_processes', 'fill_caches', 'load_animator', 'run_stage', 'place_in_group', 'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-004
 import argparse
@@ -38,7 +37,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .core import OneLineParser, data_samples, default_device, read_checkpoint, write_image
+from .core import OneLineParser, atomic, data_samples, default_device, read_checkpoint, write_image
 from .data import REGION_MARGIN, Clip, ClipConfig, ClipFolder, SceneClips, collate, portrait_boxes
 from .dit import DiT, DiTConfig
 from .expression import ExpressionEncoder
@@ -207,18 +206,6 @@ def owners_from_portrait(
     return owners if frames == 1 else torch.cat([owners[:1], owners[1:].expand((frames - 1) // 4, -1)])
 
 # %% ../nbs/10_train.ipynb #cell-019
-def write_whole(path: Path, write) -> None:
-    "Let `write(part)` make a file beside `path`, flush it to disk, then give it its name: readers see all of it or nothing."
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        with open(part, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-# %% ../nbs/10_train.ipynb #cell-020
 def as_stored(latents: Tensor, features: Tensor, owners: Tensor, weight: Tensor) -> dict[str, Tensor]:
     "Half precision, on the CPU."
     parts = {"latents": latents.half(), "features": features.half(), "owners": owners, "weight": weight.half()}
@@ -236,7 +223,7 @@ def encode_clip(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder, token: in
     owners = owners_from_portrait(clip.boxes[0], clip.frames.shape[-2:], f, token)
     return as_stored(latents, features, owners, loss_weight(batch["boxes"], tuple(latents.shape[-2:]))[0])
 
-# %% ../nbs/10_train.ipynb #cell-023
+# %% ../nbs/10_train.ipynb #cell-022
 @torch.no_grad()
 def encode_stills(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder, token: int = TOKEN) -> dict[str, Tensor]:
     "Of m moments: latents (c m h w), each encoded alone; features (p m 554); owners (1 n); weight (1 m h w)."
@@ -255,7 +242,7 @@ def pick_moments(batch: dict[str, Tensor], g: torch.Generator, count: int = 2) -
     repeated = {"portrait": batch["latents"][:, :, :1], "owners": batch["owners"]}
     return alone | {name: value.repeat_interleave(len(picked), 0) for name, value in repeated.items()}
 
-# %% ../nbs/10_train.ipynb #cell-024
+# %% ../nbs/10_train.ipynb #cell-023
 def mirrored(clip: Clip, seed: int) -> Clip:
     "The clip in a mirror and under another lamp: drawing costs more than learning, so each drawing is used twice."
     g, (x0, y0, x1, y1) = torch.Generator().manual_seed(seed), clip.boxes.unbind(-1)
@@ -263,7 +250,7 @@ def mirrored(clip: Clip, seed: int) -> Clip:
     frames = (clip.frames.flip(-1) * gain.to(clip.frames.device)).clamp(0, 255).to(torch.uint8)
     return Clip(frames, torch.stack([width - x1, y0, width - x0, y1], -1), clip.crops.flip(-1), [])
 
-# %% ../nbs/10_train.ipynb #cell-025
+# %% ../nbs/10_train.ipynb #cell-024
 def encode_clips(
     clips,  # an indexable of Clip
     count: int,  # how many of them
@@ -288,10 +275,11 @@ def encode_clips(
                     clip = clips[i]
                     for k, seen in enumerate((clip, mirrored(clip, i))):
                         rows |= {f"{2 * i + k}.{name}": value for name, value in encode(seen, vae, encoder).items()}
-                write_whole(path, lambda part: save_file(rows, part))  # noqa: B023
+                with atomic(path) as part:
+                    save_file(rows, part)
             bar.update(stop - start)
 
-# %% ../nbs/10_train.ipynb #cell-026
+# %% ../nbs/10_train.ipynb #cell-025
 class LatentClips:
     "The cache in memory. A batch is a pure function of the step, so that a resumed run sees what the broken one would have seen."
 
@@ -328,7 +316,7 @@ class LatentClips:
         "A random batch."
         return self.stack(self.draw(size, g))
 
-# %% ../nbs/10_train.ipynb #cell-028
+# %% ../nbs/10_train.ipynb #cell-027
 @dataclass(frozen=True)
 class TrainConfig:
     "What a training run is; the same config and seed give the same weights on the same machine."
@@ -358,12 +346,12 @@ class TrainConfig:
         end = max(1, round(self.decay * self.steps))
         return self.lr * min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / end))
 
-# %% ../nbs/10_train.ipynb #cell-029
+# %% ../nbs/10_train.ipynb #cell-028
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     "All randomness of one step (in one process) comes from here."
     return torch.Generator().manual_seed(seed * 10_000_019 + step + rank * 1_000_000_007)
 
-# %% ../nbs/10_train.ipynb #cell-033
+# %% ../nbs/10_train.ipynb #cell-032
 def pixel_decoder(vae: VideoVAE):  # latents (b c t h w) -> video (b 3 f 8h 8w)
     "The quickest way to pixels that gradients can take: the linear code where the VAE has one, else all of its decoder. Freezes the VAE."
     vae.requires_grad_(False)
@@ -385,7 +373,7 @@ def weight_of_pixels(weight: Tensor) -> Tensor:  # (b 1 t h w) -> (b 1 4(t-1)+1 
     weight = weight.repeat_interleave(8, -1).repeat_interleave(8, -2)
     return torch.cat([weight[:, :, :1], weight[:, :, 1:].repeat_interleave(4, 2)], 2)
 
-# %% ../nbs/10_train.ipynb #cell-034
+# %% ../nbs/10_train.ipynb #cell-033
 def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainConfig, g: torch.Generator, decode=None):
     "Flow-matching loss of one batch (chapter 08's `flow_loss`), weighted by `batch['weight']`; `decode` (of `pixel_decoder`) where the loss is of pixels."
     stills = batch["features"].shape[2] == batch["latents"].shape[2]
@@ -405,7 +393,7 @@ def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainCon
         return flow_loss(model, latents, t, noise, config.prediction, batch["weight"])
     return flow_loss(model, latents, t, noise, "clean", weight_of_pixels(batch["weight"]), measure=absolute_errors(decode))
 
-# %% ../nbs/10_train.ipynb #cell-037
+# %% ../nbs/10_train.ipynb #cell-036
 class EMA:
     "A moving average of the weights: smoother than the weights themselves, and what is shipped."
 
@@ -419,7 +407,7 @@ class EMA:
         state, self.steps = model.state_dict(), step + 1
         get_ema_multi_avg_fn(decay)([self.shadow[name] for name in state], list(state.values()), None)
 
-# %% ../nbs/10_train.ipynb #cell-039
+# %% ../nbs/10_train.ipynb #cell-038
 def make_accelerator():
     "Accelerate's view of this process: alone, or one of several. Imports accelerate."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -437,7 +425,7 @@ def spread_like(state: dict, like: dict) -> dict:
     spread = lambda x, y: distribute_tensor(x.to(y.device), y.device_mesh, y.placements) if isinstance(y, DTensor) else x  # noqa: E731
     return {name: spread(value, like[name]) for name, value in state.items()}
 
-# %% ../nbs/10_train.ipynb #cell-040
+# %% ../nbs/10_train.ipynb #cell-039
 EVERYTHING = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered, on the CPU, in the first process
 
 
@@ -447,9 +435,10 @@ def save_checkpoint(path: Path, step: int, animator: Animator, optimizer, ema: E
     state = {"step": step, "model": model, "ema": whole(ema.shadow), "optimizer": slopes, "config": asdict(config)}
     if model:  # empty in all processes but the first
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda part: torch.save(state, part))
+        with atomic(path) as part:
+            torch.save(state, part)
 
-# %% ../nbs/10_train.ipynb #cell-041
+# %% ../nbs/10_train.ipynb #cell-040
 def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config: TrainConfig) -> int:  # the next step
     "Restore a run in place. Raises ValueError where the file is broken or the config another."
     state = read_checkpoint(path)
@@ -462,7 +451,7 @@ def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config:
     ema.steps, ema.shadow = state["step"], spread_like({k: v.clone() for k, v in state["ema"].items()}, ema.shadow)
     return state["step"]
 
-# %% ../nbs/10_train.ipynb #cell-043
+# %% ../nbs/10_train.ipynb #cell-042
 def carries_expression(name: str) -> bool:
     "Is this parameter of the animator part of the expression's way (tokens and expression memories), or of the base?"
     return name.startswith("tokens.") or ".memories.expression." in name
@@ -489,7 +478,7 @@ def forget_expression(animator: Animator) -> Animator:
         nn.init.xavier_uniform_(memory.key.weight), nn.init.zeros_(memory.value.weight)
     return animator
 
-# %% ../nbs/10_train.ipynb #cell-044
+# %% ../nbs/10_train.ipynb #cell-043
 @torch.no_grad()
 def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], config: TrainConfig, decode=None) -> float:
     "Mean loss of some clips at fixed times and noise, one clip at a time."
@@ -500,7 +489,7 @@ def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], co
         losses.append(animator_loss(animator, batch, replace(config, drop_expression=0.0, drop_image=0.0), g, decode).loss.item())
     return sum(losses) / len(losses)
 
-# %% ../nbs/10_train.ipynb #cell-046
+# %% ../nbs/10_train.ipynb #cell-045
 def check_run(config: TrainConfig, world: int, decode) -> None:
     "Raise ValueError for settings that cannot be trained with."
     if config.batch % world:
@@ -571,7 +560,7 @@ def train(
             break
     return ema
 
-# %% ../nbs/10_train.ipynb #cell-047
+# %% ../nbs/10_train.ipynb #cell-046
 LOGGED = ("step", "loss", "gradient_norm", "seconds", *(f"loss_{k}_to_{k + 25}" for k in (0, 25, 50, 75)))
 
 
@@ -584,7 +573,7 @@ def append_log(path: Path, rows: list[tuple]) -> None:
         writer = csv.writer(handle)
         writer.writerows(([LOGGED] if new else []) + rows)
 
-# %% ../nbs/10_train.ipynb #cell-055
+# %% ../nbs/10_train.ipynb #cell-054
 PICTURES = {  # what is drawn, how it is encoded, how many scenes
     "tiny": {
         "stills": (ClipConfig(frames=5, stills=True), encode_stills, 3450),
@@ -604,7 +593,7 @@ STAGES = {  # what to learn from, and how
 }
 ONE_AFTER_THE_OTHER = ("stills", "clips", "mixed")  # what `fantasy-train` does if no stage is named
 
-# %% ../nbs/10_train.ipynb #cell-059
+# %% ../nbs/10_train.ipynb #cell-058
 class Watcher:
     "Pictures (and, where asked for, TensorBoard) of a run while it goes on."
 
@@ -660,7 +649,7 @@ class Watcher:
         if self.writer:
             self.writer.close()
 
-# %% ../nbs/10_train.ipynb #cell-060
+# %% ../nbs/10_train.ipynb #cell-059
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = OneLineParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic or curated clips; VAE and encoder weights must exist.")
@@ -690,7 +679,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="write the averaged weights and the parts they need here, for `fantasy-animate --weights` (default: RUN/weights)")
     return parser
 
-# %% ../nbs/10_train.ipynb #cell-061
+# %% ../nbs/10_train.ipynb #cell-060
 def main(arguments=None) -> int:
     "`fantasy-train`: encode clips, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -705,8 +694,8 @@ def main(arguments=None) -> int:
         return 2
 
 
-def start_processes(count: int, arguments: list[str]) -> int:
-    "As `torchrun --standalone --nproc-per-node COUNT` would; the first bad exit code, or 0."
+def start_processes(count: int, arguments: list[str], entry=main) -> int:
+    "Call `entry(arguments)` in several processes, as `torchrun --standalone --nproc-per-node COUNT` would; the worst exit code. Raises ValueError where one of them stopped."
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -715,11 +704,12 @@ def start_processes(count: int, arguments: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     config = LaunchConfig(1, 1, count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.5)
     try:
-        return max(elastic_launch(config, main)(arguments).values())
+        return max(elastic_launch(config, entry)(arguments).values())
     except ChildFailedError as error:
-        raise ValueError(f"a process stopped: {error.get_first_failure()[1].message}") from None
+        said = error.get_first_failure()[1].message
+        raise ValueError(f"a process stopped: {said['message'] if isinstance(said, dict) else said}") from None
 
-# %% ../nbs/10_train.ipynb #cell-063
+# %% ../nbs/10_train.ipynb #cell-062
 def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoVAE, encoder: ExpressionEncoder, token: int, device, rank: int, world: int) -> list[Path]:
     "Draw and encode what is not there yet; the folders to learn from."
     folders = []

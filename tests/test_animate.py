@@ -124,6 +124,9 @@ def wrong(tmp_path):
     faceless = tmp_path / "faceless.mp4"
     write_video(faceless, background[None].repeat(5, 1, 1, 1))
     (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "torn.mp4").write_bytes(Path(DRIVERS[0]).read_bytes()[:3000])
+    (tmp_path / "torn.png").write_bytes(Path(PORTRAIT).read_bytes()[:3000])
+    write_image(tmp_path / "dot.png", np.zeros((1, 1, 3), np.uint8))
     return tmp_path
 
 
@@ -145,6 +148,36 @@ ONE = str(data_samples("portrait_one.png"))
     ([ONE, "--drive", DRIVERS[0], "-o", "{}/film.xyz"], ".mp4"),
     ([ONE, "--drive", DRIVERS[0], "-o", "/proc/nothing/film.mp4"], "/proc/nothing"),
     (["{}/text.mp4", "--drive", DRIVERS[0]], "text.mp4"),
+    (["{}/folder.mp4", "--drive", DRIVERS[0]], "folder.mp4"),
+    (["{}/empty.mp4", "--drive", DRIVERS[0]], "empty.mp4"),
+    ([PORTRAIT, "--drive", DRIVERS[0], "--drive", DRIVERS[1], "--assign", "1", "1"], "different people"),
+    ([PORTRAIT, "--drive", DRIVERS[0], "--assign", "1", "2"], "different people"),
+    ([PORTRAIT, "--drive", DRIVERS[0], "--assign", "0"], "different people"),
+    ([PORTRAIT, "--names", "Anna", "--drive", "Anna=" + DRIVERS[0]], "name for each"),
+    ([PORTRAIT, "--names", "Anna", "Ben", "--drive", "Anna=" + DRIVERS[0], "--drive", DRIVERS[1]], "NAME=VIDEO"),
+    ([PORTRAIT, "--names", "Anna", "Ben", "--drive", "Anna=" + DRIVERS[0], "--drive", "Anna=" + DRIVERS[1]], "different name"),
+    ([PORTRAIT, "--names", "Anna", "Anna", "--drive", "Anna=" + DRIVERS[0]], "different names"),
+    ([PORTRAIT, "--names", "Anna", "Ben", "--drive", "Anna=" + DRIVERS[0], "--assign", "1"], "no assign"),
+    ([PORTRAIT, "--names", "Anna", "Ben", "--drive", "Carl=" + DRIVERS[0]], "Carl="),
+    ([ONE, "--drive", DRIVERS[0], "--mouth", "-1"], "mouth"),
+    ([ONE, "--drive", DRIVERS[0], "--mouth", "1", "2"], "mouth"),
+    ([PORTRAIT, "--drive", DRIVERS[0], "--emotion", "1", "1", "1"], "emotion"),
+    ([ONE, "--drive", DRIVERS[0], "--sound", "1"], "--sound"),
+    ([ONE, "--drive", DRIVERS[0], "--sound", "2"], "--sound"),
+    ([ONE, "--drive", DRIVERS[0], "--steps", "0"], "steps=0"),
+    ([ONE, "--drive", DRIVERS[0], "--draws", "0"], "draws=0"),
+    ([ONE, "--drive", DRIVERS[0], "--window", "-1"], "window=-1"),
+    ([ONE, "--drive", DRIVERS[0], "--interval", "0.9", "0.1"], "interval"),
+    ([ONE, "--drive", DRIVERS[0], "--interval", "-1", "0.1"], "interval"),
+    ([ONE, "--drive", DRIVERS[0], "--frames", "-3"], "frames=-3"),
+    ([ONE, "--drive", DRIVERS[0], "--sheet", "{}/sheet.gif"], ".png"),
+    ([ONE, "--drive", DRIVERS[0], "--sheet", "/proc/nothing/sheet.png"], "/proc/nothing"),
+    ([ONE, "--drive", DRIVERS[0], "--weights", "{}"], "vae, encoder, dit and tokens"),
+    ([ONE, "--drive", "{}/wall.png"], "wall.png"),
+    ([ONE, "--drive", "{}/torn.mp4"], "torn.mp4"),
+    (["{}/torn.png", "--drive", DRIVERS[0]], "torn.png"),
+    (["{}/dot.png", "--drive", DRIVERS[0]], "face"),
+    ([ONE, "--drive", DRIVERS[0], "--device", "cuda"], "cpu"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(arguments, says, wrong, capfd):
     before = sorted(wrong.rglob("*"))
@@ -210,7 +243,7 @@ def test_dials_turn_the_performance_and_not_the_portrait(pipeline):
     assert motion[0.0] < 1e-3 < motion[0.5] < motion[1.0], motion  # at rest nothing moves
     mouths = pipeline(PORTRAIT, DRIVERS, frames=6, draws=1, mouth=0.0, show=False).frames
     assert np.abs(mouths - films[1.0]).mean() > 0.1
-    with pytest.raises(ValueError, match="strengths of 0 or more"):
+    with pytest.raises(ValueError, match="of 0 or more"):
         pipeline(PORTRAIT, DRIVERS, frames=4, mouth=-1.0, show=False)
 
 
@@ -236,7 +269,7 @@ def test_every_frame_by_itself_is_the_still_the_network_draws(pipeline):
 
     g = torch.Generator().manual_seed(3)
     portrait, features, owners = torch.randn(1, 48, 1, 8, 12, generator=g), torch.randn(2, 9, 554, generator=g), torch.randint(3, (2, 96), generator=g)
-    config = replace(pipeline.config, window=0, steps=1, guidance=1.0)
+    config = replace(pipeline.settings, window=0, steps=1, guidance=1.0)
     film = denoise(pipeline.animator, config, portrait, features, owners, 5, False)
     assert film.shape == (1, 48, 8, 8, 12) and decode_film(pipeline.vae, film, 0).shape == (8, 64, 96, 3)
     noise = torch.randn(1, 48, 1, 8, 12, generator=torch.Generator().manual_seed(5))
@@ -255,3 +288,77 @@ def test_both_ways_of_making_a_film_have_its_length_and_differ(pipeline):
     assert films[0].shape == films[1].shape and len(films[0]) == 6 and not np.array_equal(*films)
     with pytest.raises(ValueError, match="window larger than its overlap"):
         pipeline(PORTRAIT, DRIVERS, frames=6, window=1, show=False)
+
+
+def test_people_have_names_and_strengths_of_their_own(pipeline):
+    plain = pipeline(PORTRAIT, [DRIVERS[0]], frames=4, assign=[2], show=False)
+    named = pipeline(PORTRAIT, {"Ben": DRIVERS[0]}, frames=4, names=["Anna", "Ben"], show=False)
+    assert named.people == [2] and np.array_equal(plain.frames, named.frames)
+    both, width = pipeline(PORTRAIT, DRIVERS, frames=12, show=False).frames.astype(float), plain.frames.shape[2] // 2
+    strong = [pipeline(PORTRAIT, DRIVERS, frames=12, names=["Anna", "Ben"], overall=dial, show=False).frames.astype(float) for dial in ({"Ben": 0.0}, [1.0, 0.0])]
+    assert np.array_equal(*strong)
+    left, right = (np.abs(strong[0] - both)[:, :, half].mean() for half in (slice(0, width), slice(width, None)))
+    assert right > 4 * left, (left, right)  # only Ben is calmed
+    with pytest.raises(ValueError, match="Carl"):
+        pipeline(PORTRAIT, DRIVERS, frames=4, names=["Anna", "Ben"], mouth={"Carl": 1.0}, show=False)
+
+
+def film_with_sound(path, hertz=440, rate=22050):
+    import av
+
+    frames, _ = read_video(DRIVERS[0], 20)
+    with av.open(str(path), "w") as container:
+        video, sound = container.add_stream("libx264", rate=25), container.add_stream("pcm_s16le", rate=rate, layout="mono")
+        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(video.encode())
+        wave = av.AudioFrame.from_ndarray((np.sin(2 * np.pi * hertz * np.arange(2 * rate) / rate) * 20000).astype(np.int16)[None], format="s16", layout="mono")
+        wave.rate, wave.pts = rate, 0
+        container.mux(sound.encode(wave))
+        container.mux(sound.encode())
+    return path
+
+
+def test_a_drivers_sound_is_kept_on_request(tmp_path):
+    import av
+
+    source = film_with_sound(tmp_path / "talks.mkv")
+    assert main([ONE, "--drive", str(source), "--frames", "10", "--sound", "1", "-o", str(tmp_path / "out.mp4"), "--quiet"]) == 0
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        wave = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], 1)[0]
+        assert container.streams.video[0].frames == 10
+    assert abs(len(wave) / 48000 - 0.4) < 0.06  # as long as the pictures
+    spectrum = np.abs(np.fft.rfft(wave[:16000]))
+    assert abs(spectrum.argmax() * 3 - 440) < 6
+    assert main([ONE, "--drive", str(source), "--frames", "4", "-o", str(tmp_path / "silent.mp4"), "--quiet"]) == 0
+    with av.open(str(tmp_path / "silent.mp4")) as container:
+        assert not container.streams.audio
+
+
+def test_a_pipeline_is_a_diffusers_pipeline(pipeline, tmp_path, capfd):
+    from diffusers import DiffusionPipeline
+
+    assert isinstance(pipeline, DiffusionPipeline) and isinstance(pipeline, PortraitPipeline)
+    assert set(pipeline.components) == {"vae", "encoder", "animator"} and pipeline.components["vae"] is pipeline.vae
+    quiet = PortraitPipeline.from_pretrained("tiny")
+    quiet.set_progress_bar_config(disable=True)
+    expected = pipeline(ONE, DRIVERS[0], frames=4, show=False).frames
+    capfd.readouterr()
+    assert np.array_equal(quiet(ONE, DRIVERS[0], frames=4).frames, expected) and "draws" not in capfd.readouterr().err
+    moved = []
+    for name, part in quiet.components.items():
+        part.to = lambda place, name=name: moved.append((name, str(place)))
+    quiet.enable_model_cpu_offload(device="cpu")  # the same device stands in for a GPU: what counts is who is there when
+    moved.clear()
+    quiet(ONE, DRIVERS[0], frames=4)
+    assert [name for name, _ in moved] == ["encoder"] * 2 + ["vae"] * 2 + ["animator"] * 2 + ["vae"] * 2
+
+
+def test_frames_without_a_driver_face_are_held_and_reported(pipeline, tmp_path, capfd):
+    frames, fps = read_video(DRIVERS[0], 12)
+    frames[5:8] = 128
+    write_video(tmp_path / "blinks.mp4", frames, fps)
+    assert main([ONE, "--drive", str(tmp_path / "blinks.mp4"), "-o", str(tmp_path / "out.mp4"), "--quiet"]) == 0
+    assert "held: [3] of 12" in capfd.readouterr().err
+    assert len(read_video(tmp_path / "out.mp4")[0]) == 12

@@ -169,6 +169,16 @@ def test_folder_gives_the_batches_that_scenes_give(curated):
     assert [track.size for track in folder.tracks(pair)] == [(128, 256)] * 2
 
 
+def test_curated_clips_are_learned_from(curated, tmp_path, capsys):
+    from fantasy_nb.train import LatentClips, main
+
+    folder, _ = curated
+    arguments = ["--run", str(tmp_path), "--data", str(folder), "--clips", "0", "--steps", "1", "--batch", "1", "--threads", "1", "--samples", "0"]
+    assert main(["--stage", "clips", *arguments]) == 0 and "1 of 1 steps" in capsys.readouterr().out
+    assert len(LatentClips(tmp_path / "cache" / "data")) == 2 * len(ClipFolder(folder))  # and their mirror images
+    assert main(["--stage", "stills", *arguments]) == 2 and "--data" in capsys.readouterr().err
+
+
 def test_folder_errors(tmp_path, curated):
     with pytest.raises(FileNotFoundError, match="fantasy-curate"):
         ClipFolder(tmp_path)

@@ -161,6 +161,29 @@ train(a, LatentClips({str(cache)!r}), TrainConfig(steps=100000, batch=1), Path({
     assert state["step"] >= 1 and set(state) == {"step", "model", "ema", "optimizer", "config"}
 
 
+@pytest.mark.parametrize("kilobytes", [40, 2000])
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(cache, tmp_path, kilobytes):
+    "No file may grow beyond a limit: as a full disk would, it stops the cache (40 KB) or the checkpoint (2 MB)."
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint.pt").write_bytes(b"an old one")
+    (tmp_path / "cache").mkdir()
+    if kilobytes > 40:
+        (tmp_path / "cache" / "clips").symlink_to(cache)
+    script = f"""
+import resource, signal, sys
+from fantasy_nb.train import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes} * 1024,) * 2)
+sys.exit(main(["--stage", "clips", "--run", {str(run)!r}, "--cache", {str(tmp_path / "cache")!r}, "--clips", "{1 if kilobytes == 40 else 0}", "--steps", "1", "--batch", "1", "--threads", "1", "--samples", "0"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("fantasy-train: cannot write"), done.stderr
+    assert (run / "checkpoint.pt").read_bytes() == b"an old one"
+    assert not [p for p in tmp_path.rglob("*") if "part" in p.name]
+
+
 def test_saved_animator_comes_back(tmp_path, cache):
     animator = small_animator()
     train(animator, LatentClips(cache), SMALL, show=False)
@@ -231,7 +254,7 @@ def test_command_end_to_end(tmp_path, cache, capsys):
     assert main([*arguments, "--out", str(tmp_path / "weights")]) == 0
     assert (tmp_path / "run" / "checkpoint.pt").exists()
     ready = PortraitPipeline.from_pretrained(tmp_path / "weights")  # all that an animation needs
-    assert ready.config == PortraitPipeline.from_pretrained("tiny").config  # used as the shipped weights are
+    assert ready.settings == PortraitPipeline.from_pretrained("tiny").settings  # used as the shipped weights are
     shipped = ExpressionEncoder.from_pretrained(data_samples("weights", "tiny", "encoder")).state_dict()
     assert all(torch.equal(value, shipped[name]) for name, value in ready.encoder.state_dict().items())
     assert main([*arguments[:4], "--cache", str(cache), "--clips", "0"]) == 2 and "one folder down" in capsys.readouterr().err

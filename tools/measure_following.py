@@ -176,7 +176,7 @@ def main():
     parser.add_argument("--window", type=int, help="0: every frame by itself")
     args = parser.parse_args()
     pipeline = PortraitPipeline.from_pretrained(args.weights)
-    readers = {"MediaPipe": measured, "MediaPipe, calibrated": calibrated_reader(), "encoder": encoder_reader(pipeline.encoder, pipeline.config)}
+    readers = {"MediaPipe": measured, "MediaPipe, calibrated": calibrated_reader(), "encoder": encoder_reader(pipeline.encoder, pipeline.settings)}
     tables = {reader: {} for reader in [*readers, "pixels"]}
     portrait, (people, seed) = read_image(data_samples("portrait_two.png")), (2, 9004)
 
