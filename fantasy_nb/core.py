@@ -15,6 +15,7 @@ import importlib.util
 import os
 import pickle
 import random
+import re
 import tempfile
 import warnings
 from contextlib import contextmanager
@@ -157,7 +158,9 @@ def atomic(
         with open(part, "rb") as written:
             os.fsync(written.fileno())  # on the disk, not only on its way there
         os.replace(part, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have words of their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|inline_container|iostream", str(error)):
+            raise  # not torch's words for a full disk
         raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from None
     finally:
         part.unlink(missing_ok=True)

@@ -649,7 +649,7 @@ class Watcher:
         if self.writer:
             self.writer.close()
 
-# %% ../nbs/10_train.ipynb #cell-059
+# %% ../nbs/10_train.ipynb #cell-061
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = OneLineParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic or curated clips; VAE and encoder weights must exist.")
@@ -679,7 +679,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="write the averaged weights and the parts they need here, for `fantasy-animate --weights` (default: RUN/weights)")
     return parser
 
-# %% ../nbs/10_train.ipynb #cell-060
+# %% ../nbs/10_train.ipynb #cell-062
 def main(arguments=None) -> int:
     "`fantasy-train`: encode clips, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -709,7 +709,7 @@ def start_processes(count: int, arguments: list[str], entry=main) -> int:
         said = error.get_first_failure()[1].message
         raise ValueError(f"a process stopped: {said['message'] if isinstance(said, dict) else said}") from None
 
-# %% ../nbs/10_train.ipynb #cell-062
+# %% ../nbs/10_train.ipynb #cell-064
 def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoVAE, encoder: ExpressionEncoder, token: int, device, rank: int, world: int) -> list[Path]:
     "Draw and encode what is not there yet; the folders to learn from."
     folders = []
