@@ -544,7 +544,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fantasy_nb.train.parameter_groups': ('train.html#parameter_groups', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.pick_moments': ('train.html#pick_moments', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.pixel_decoder': ('train.html#pixel_decoder', 'fantasy_nb/train.py'),
-                                  'fantasy_nb.train.place_in_group': ('train.html#place_in_group', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.place_weight': ('train.html#place_weight', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.run_stage': ('train.html#run_stage', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.run_training': ('train.html#run_training', 'fantasy_nb/train.py'),

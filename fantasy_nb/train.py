@@ -10,7 +10,7 @@ __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'EVERYTHING',
            'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA', 'make_accelerator', 'whole', 'spread_like',
            'save_checkpoint', 'load_checkpoint', 'carries_expression', 'parameter_groups', 'forget_expression',
            'held_out_loss', 'check_run', 'one_step', 'train', 'append_log', 'Watcher', 'build_parser', 'main',
-           'start_processes', 'fill_caches', 'load_animator', 'run_stage', 'place_in_group', 'run_training']
+           'start_processes', 'fill_caches', 'load_animator', 'run_stage', 'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-004
 import argparse
@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file, save_file
@@ -497,7 +496,7 @@ def check_run(config: TrainConfig, world: int, decode) -> None:
     if config.loss not in ("latents", "pixels") or (config.loss == "pixels" and (decode is None or config.prediction != "clean")):
         raise ValueError(f'want loss="latents", or loss="pixels" with prediction="clean" and a decoder, got {config.loss!r}, {config.prediction!r}, decode={decode}')
 
-
+# %% ../nbs/10_train.ipynb #cell-046
 def one_step(model, optimizer, batch: dict[str, Tensor], config: TrainConfig, step: int, accelerator, decode) -> tuple:  # FlowLoss, gradient norm
     "Loss, gradients (averaged over processes), a step of the optimiser. Raises FloatingPointError for a loss that is not a number."
     for group in optimizer.param_groups:
@@ -511,7 +510,7 @@ def one_step(model, optimizer, batch: dict[str, Tensor], config: TrainConfig, st
     optimizer.step()
     return out, norm
 
-
+# %% ../nbs/10_train.ipynb #cell-047
 def train(
     animator: Animator,
     clips: LatentClips,
@@ -560,7 +559,7 @@ def train(
             break
     return ema
 
-# %% ../nbs/10_train.ipynb #cell-046
+# %% ../nbs/10_train.ipynb #cell-048
 LOGGED = ("step", "loss", "gradient_norm", "seconds", *(f"loss_{k}_to_{k + 25}" for k in (0, 25, 50, 75)))
 
 
@@ -573,7 +572,7 @@ def append_log(path: Path, rows: list[tuple]) -> None:
         writer = csv.writer(handle)
         writer.writerows(([LOGGED] if new else []) + rows)
 
-# %% ../nbs/10_train.ipynb #cell-054
+# %% ../nbs/10_train.ipynb #cell-056
 PICTURES = {  # what is drawn, how it is encoded, how many scenes
     "tiny": {
         "stills": (ClipConfig(frames=5, stills=True), encode_stills, 3450),
@@ -593,17 +592,30 @@ STAGES = {  # what to learn from, and how
 }
 ONE_AFTER_THE_OTHER = ("stills", "clips", "mixed")  # what `fantasy-train` does if no stage is named
 
-# %% ../nbs/10_train.ipynb #cell-058
+# %% ../nbs/10_train.ipynb #cell-060
 class Watcher:
     "Pictures (and, where asked for, TensorBoard) of a run while it goes on."
 
-    def __init__(self, folder: Path, clips, encode, vae: VideoVAE, encoder: ExpressionEncoder, config: TrainConfig, every: int = 1000, tensorboard: bool = False):
-        self.folder, self.every, self.vae, self.config = Path(folder), every, vae, config
-        rows = [encode(clips[k], vae, encoder) for k in range(8)] if every else []
+    def __init__(
+        self,
+        folder: Path,
+        clips,  # the first eight are drawn
+        encode,  # encode_clip or encode_stills
+        vae: VideoVAE,
+        encoder: ExpressionEncoder,
+        animator: Animator,  # of the same size: a copy of it answers with the averaged weights
+        config: TrainConfig,
+        every: int = 1000,  # steps between pictures; 0 = none
+        tensorboard: bool = False,
+        first: bool = True,  # is this the process that writes?
+    ):
+        self.folder, self.every, self.vae, self.config, self.first = Path(folder), every, vae, config, first
+        self.answer = copy.deepcopy(animator).eval()
+        rows = [encode(clips[k], vae, encoder) for k in range(8)] if every and first else []
         self.groups = {}
         for row in rows:
             self.groups.setdefault(row["latents"].shape, []).append(row)
-        self.writer = self.open_writer() if tensorboard else None
+        self.writer = self.open_writer() if tensorboard and first else None
 
     def open_writer(self):
         "Raises ValueError where TensorBoard is not installed."
@@ -614,11 +626,13 @@ class Watcher:
         return SummaryWriter(self.folder / "tensorboard")
 
     def __call__(self, step: int, animator: Animator, ema: EMA) -> None:
-        "What `train` calls after every step."
+        "What `train` calls after every step, in all processes: weights that are spread must be gathered by all."
         if self.every and (step + 1) % self.every == 0:
-            answer = copy.deepcopy(animator).eval()
-            answer.load_state_dict(ema.shadow)
-            pictures = [picture for rows in self.groups.values() for picture in self.draw(answer, rows)]
+            averaged = whole(ema.shadow)
+            if not self.first:
+                return
+            self.answer.load_state_dict(averaged)
+            pictures = [picture for rows in self.groups.values() for picture in self.draw(rows)]
             path = self.folder / "samples" / f"step-{step + 1:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_image(path, np.concatenate(pictures))
@@ -626,9 +640,10 @@ class Watcher:
                 self.writer.add_image("portrait, truth, answer", np.concatenate(pictures), step + 1, dataformats="HWC")
 
     @torch.no_grad()
-    def draw(self, animator: Animator, rows: list[dict]) -> list[np.ndarray]:  # uint8 (h w 3) each
+    def draw(self, rows: list[dict]) -> list[np.ndarray]:  # uint8 (h w 3) each
         "One answer from pure noise for each row, its last frame beside the portrait and the truth; as wide as the widest."
-        device, stills = next(animator.parameters()).device, rows[0]["features"].shape[1] == rows[0]["latents"].shape[1]
+        animator, stills = self.answer, rows[0]["features"].shape[1] == rows[0]["latents"].shape[1]
+        device = next(animator.parameters()).device
         batch = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
         batch = {name: x if name == "owners" else x.float() for name, x in batch.items()}
         batch = pick_moments(batch, torch.Generator().manual_seed(0), 1) if stills else batch | {"portrait": batch["latents"][:, :, :1]}
@@ -649,7 +664,7 @@ class Watcher:
         if self.writer:
             self.writer.close()
 
-# %% ../nbs/10_train.ipynb #cell-061
+# %% ../nbs/10_train.ipynb #cell-063
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = OneLineParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic or curated clips; VAE and encoder weights must exist.")
@@ -679,7 +694,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="write the averaged weights and the parts they need here, for `fantasy-animate --weights` (default: RUN/weights)")
     return parser
 
-# %% ../nbs/10_train.ipynb #cell-062
+# %% ../nbs/10_train.ipynb #cell-064
 def main(arguments=None) -> int:
     "`fantasy-train`: encode clips, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -709,7 +724,7 @@ def start_processes(count: int, arguments: list[str], entry=main) -> int:
         said = error.get_first_failure()[1].message
         raise ValueError(f"a process stopped: {said['message'] if isinstance(said, dict) else said}") from None
 
-# %% ../nbs/10_train.ipynb #cell-064
+# %% ../nbs/10_train.ipynb #cell-066
 def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoVAE, encoder: ExpressionEncoder, token: int, device, rank: int, world: int) -> list[Path]:
     "Draw and encode what is not there yet; the folders to learn from."
     folders = []
@@ -745,7 +760,8 @@ def load_animator(args: argparse.Namespace, stage: str, init: Path | None, devic
 def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None, out: Path) -> bool:  # was it trained to its last step?
     "One stage of `STAGES`: fill its cache, train, write the averaged weights into `out`."
     asked = {name: getattr(args, name) for name in ("steps", "batch", "lr", "loss", "learn_base", "bf16", "seed")}
-    (kinds, config), (rank, world) = STAGES[stage], place_in_group()
+    (kinds, config), accelerator = STAGES[stage], make_accelerator()
+    rank, world = accelerator.process_index, accelerator.num_processes
     cache = args.cache or (run.parent if args.stage == "all" else run) / "cache"  # stages of one run share their pictures
     if any(cache.glob("clips-*.safetensors")):
         raise ValueError(f"want a cache with folders {' and '.join(kinds)} in it, found clips-*.safetensors in {cache} itself: move them one folder down")
@@ -756,33 +772,27 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
     animator = load_animator(args, stage, init, device)
     token = 8 * animator.dit.config.patch[1]
     folders = fill_caches(args, kinds, cache, vae, encoder, token, device, rank, world)
-    if world > 1:
-        dist.barrier()
+    accelerator.wait_for_everyone()
     scenes = PICTURES[args.config][kinds[0]]
-    watch = Watcher(run, SceneClips(scenes[0], seed=999, device=device), partial(scenes[1], token=token), vae, encoder, config, args.samples, args.tensorboard) if rank == 0 else None
+    unseen, encode = SceneClips(scenes[0], seed=999, device=device), partial(scenes[1], token=token)
+    watch = Watcher(run, unseen, encode, vae, encoder, animator, config, args.samples, args.tensorboard, rank == 0)
     ema = train(animator, LatentClips(*folders), config, run, args.resume, args.max_minutes, channels=channel_weights(vae), decode=pixel_decoder(vae), watch=watch)
+    averaged = whole(ema.shadow)  # by all processes
     if rank == 0:
         watch.log(run / "log.csv")
-        animator.load_state_dict(ema.shadow)
-        animator.save_pretrained(out, torch.float16)
+        watch.answer.load_state_dict(averaged)
+        watch.answer.save_pretrained(out, torch.float16)
         vae.save_pretrained(out / "vae")
         encoder.save_pretrained(out / "encoder")
         faces = {"face_height": round(0.742 * scenes[0].height, 1), "most_pixels": 24 * scenes[0].height ** 2, "crop": encoder.config.image_size}
         (out / "pipeline.json").write_text(json.dumps(faces, indent=2))
         print(f"{stage}: {ema.steps} of {config.steps} steps, weights in {out}")
-    if world > 1:
-        dist.barrier()
+    accelerator.wait_for_everyone()
     return ema.steps >= config.steps
-
-
-def place_in_group() -> tuple[int, int]:  # rank, processes
-    "Which of how many processes this one is; (0, 1) when it is alone."
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def run_training(args: argparse.Namespace) -> int:
     "What `fantasy-train` does once its arguments are read: one stage, or all of them, each from the weights of the one before."
-    make_accelerator()  # joins the other processes, if there are any
     run = args.run or Path(f"runs/{args.config}")
     weights = args.out or run / "weights"
     if args.stage != "all":

@@ -344,6 +344,8 @@ torch.save({{"drawn": seen["drawn"], "gradients": [p.grad for p in animator.para
 
 def test_weights_spread_over_processes_are_gathered_and_go_on_alone(tmp_path, cache):
     "FSDP (torch's own fully_shard: Accelerate does not offer it on a CPU): two processes hold half of the weights each; one process resumes their checkpoint."
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "clips").symlink_to(cache)
     in_processes(tmp_path, f"""
 from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
@@ -358,14 +360,29 @@ def prepare(self, model, optimizer):
     return model, optimizer
 
 Accelerator.prepare = prepare
+import fantasy_nb.train as t
+t.Animator.tiny = classmethod(lambda cls: small_animator())
+assert t.main(["--stage", "clips", "--run", str(here / "command"), "--cache", str(here / "cache"), "--clips", "0", "--steps", "2", "--batch", "2", "--samples", "1", "--loss", "latents"]) == 0
 ema = train(small_animator(), LatentClips({str(cache)!r}), SMALL, here / "run", max_minutes=0, show=False)
 torch.save(whole(ema.shadow), here / f"rank{{rank}}.pt")
 """)
+    written, averaged = Animator.from_pretrained(tmp_path / "command" / "weights").state_dict(), torch.load(tmp_path / "command" / "checkpoint.pt", weights_only=True)["ema"]
+    assert all(torch.equal(written[name].half(), value.half()) for name, value in averaged.items())  # the command, too, writes whole weights
+    assert len(list((tmp_path / "command" / "samples").iterdir())) == 2
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 1 and {k: v.shape for k, v in state["model"].items()} == {k: v.shape for k, v in small_animator().state_dict().items()}
     alone = small_animator(3)
     train(alone, LatentClips(cache), SMALL, tmp_path / "run", resume=True, show=False)
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == SMALL.steps
+
+
+@pytest.mark.parametrize("options", [{"learn_base": 0.0}, {"learn_expression": 0.0, "drop_expression": 1.0}])
+def test_training_with_a_frozen_part_resumes_exactly(cache, tmp_path, options):
+    clips, config, unbroken, resumed = LatentClips(cache), replace(SMALL, **options), small_animator(), small_animator(5)
+    train(unbroken, clips, config, show=False)
+    train(small_animator(), clips, config, tmp_path, max_minutes=0, show=False)
+    train(resumed, clips, config, tmp_path, resume=True, show=False)
+    assert all(torch.equal(a, b) for a, b in zip(unbroken.state_dict().values(), resumed.state_dict().values()))
 
 
 def test_a_frozen_part_stays_and_an_adapter_begins_as_its_base(cache):

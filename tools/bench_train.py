@@ -12,12 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from fantasy_nb.core import default_device
-from fantasy_nb.train import PICTURES, STAGES, Animator, LatentClips, animator_loss, make_accelerator, owners_from_portrait, place_in_group, start_processes, step_generator, train
+from fantasy_nb.train import PICTURES, STAGES, Animator, LatentClips, animator_loss, make_accelerator, owners_from_portrait, start_processes, step_generator, train
 
 
 def random_cache(folder: Path, config: str, kind: str, token: int, clips: int = 16) -> None:
@@ -49,8 +48,8 @@ def matmul_rate(dtype: torch.dtype, device, size: int = 1024, seconds: float = 2
 def measure(arguments: list[str]) -> int:
     "In this process, and all others that run the same."
     args = build_parser().parse_args(arguments)
-    make_accelerator()
-    device, (rank, world) = default_device(), place_in_group()
+    device, accelerator = default_device(), make_accelerator()
+    rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(0)
     animator = getattr(Animator, args.config)().to(device).train()
     config = replace(STAGES["stills" if args.kind == "stills" else "clips"][1], loss="latents", steps=args.steps + 3, batch=args.batch, bf16=args.bf16)
@@ -65,9 +64,7 @@ def measure(arguments: list[str]) -> int:
     train(animator, clips, config, show=False, watch=lambda *_: times.append(time.perf_counter()))
     seconds, work = (times[-1] - times[2]) / (len(times) - 3), counter.get_total_flops()
     if world > 1:
-        total = torch.tensor([rate, float(work)], dtype=torch.double)
-        dist.all_reduce(total)
-        rate, work = total.tolist()
+        rate, work = accelerator.reduce(torch.tensor([rate, float(work)], device=device)).tolist()
     if rank == 0:
         print(f"{args.config} {args.kind}, batch {args.batch}, {'bfloat16' if args.bf16 else 'float32'}, {world} process{'es' if world > 1 else ''} of {torch.get_num_threads()} threads on {device}: "
               f"{args.batch / seconds:.2f} clips a second, {work / 1e9:.1f} GFLOP a step, {work / seconds / 1e9:.1f} GFLOP/s of {rate / 1e9:.1f} in matrix products: {work / seconds / rate:.0%}", flush=True)
