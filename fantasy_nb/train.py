@@ -10,12 +10,13 @@ __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'EVERYTHING',
            'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA', 'make_accelerator', 'whole', 'spread_like',
            'save_checkpoint', 'load_checkpoint', 'carries_expression', 'parameter_groups', 'forget_expression',
            'held_out_loss', 'check_run', 'one_step', 'train', 'append_log', 'Watcher', 'build_parser', 'main',
-           'start_processes', 'fill_caches', 'load_animator', 'run_stage', 'run_training']
+           'start_processes', 'fingerprint', 'stamp_cache', 'fill_caches', 'load_animator', 'run_stage', 'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-004
 import argparse
 import copy
 import csv
+import hashlib
 import json
 import math
 import os
@@ -579,18 +580,20 @@ PICTURES = {  # what is drawn, how it is encoded, how many scenes
         "clips": (ClipConfig(), encode_clip, 1500),
     },
     "mini": {
-        "stills": (ClipConfig(frames=5, stills=True, height=176, crop=128), encode_stills, 3450),
+        "small": (ClipConfig(frames=5, stills=True, height=96, crop=128), encode_stills, 1500),
+        "stills": (ClipConfig(frames=5, stills=True, height=176, crop=128), encode_stills, 2000),
         "clips": (ClipConfig(frames=17, height=176, crop=128), encode_clip, 1500),
     },
 }
 STAGES = {  # what to learn from, and how
+    "small": (("small",), TrainConfig(steps=6000, pure_noise=0.8)),
     "stills": (("stills",), TrainConfig(steps=22500, pure_noise=0.8)),
     "clips": (("clips",), TrainConfig(steps=2800, lr=1e-3, pure_noise=0.8, loss="pixels")),
     "mixed": (("stills", "clips"), TrainConfig(steps=10500, lr=1e-3, decay=0.5, pure_noise=0.8, loss="pixels")),
     "base": (("stills", "clips"), TrainConfig(steps=10500, pure_noise=0.2, drop_expression=1.0, drop_image=0.2, learn_expression=0.0)),
     "adapter": (("stills", "clips"), TrainConfig(steps=10500, pure_noise=0.8, drop_expression=0.2, drop_image=0.2, learn_base=0.0)),
 }
-ONE_AFTER_THE_OTHER = ("stills", "clips", "mixed")  # what `fantasy-train` does if no stage is named
+ONE_AFTER_THE_OTHER = ("small", "stills", "clips", "mixed")  # what `fantasy-train` does if no stage is named; tiny has no small pictures and begins with stills
 
 # %% ../nbs/10_train.ipynb #cell-060
 class Watcher:
@@ -669,12 +672,12 @@ def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = OneLineParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic or curated clips; VAE and encoder weights must exist.")
     parser.add_argument("--config", choices=list(PICTURES), default="tiny", help="size of the model (default: tiny)")
-    parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="stills: unrelated moments, quick to draw and to learn; clips: motion; mixed: both; default: these, one after the other. base: both without any expression; adapter: the expression alone, on a frozen base (--init)")
+    parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="small: unrelated moments in small pictures (mini only), quick to draw and to learn; stills: the same in full size; clips: motion; mixed: both; default: these, one after the other. base: both without any expression; adapter: the expression alone, on a frozen base (--init)")
     parser.add_argument("--init", type=Path, default=None, help="folder with dit/ and tokens/ to start from, as an earlier stage wrote them (default: random weights)")
     parser.add_argument("--parts", type=Path, default=None, help="folder with vae/ and encoder/ weights (default: the shipped ones of this config)")
     parser.add_argument("--run", type=Path, default=None, help="folder of checkpoint, log, samples and cache, with all stages one inside it for each (default: runs/CONFIG)")
-    parser.add_argument("--cache", type=Path, default=None, help="folder of encoded pictures, stills/ and clips/ (default: RUN/cache)")
-    parser.add_argument("--clips", type=int, default=None, help="scenes to render and encode into the cache, if they are not there yet (default: 3450 of stills, 1500 of clips)")
+    parser.add_argument("--cache", type=Path, default=None, help="folder of encoded pictures, one in it for each kind (default: RUN/cache)")
+    parser.add_argument("--clips", type=int, default=None, help="scenes to render and encode into the cache, if they are not there yet (default: the config's, 1500 to 3450)")
     parser.add_argument("--data", type=Path, default=None, help="folder written by fantasy-curate: its clips are learned from as well, in the stages that learn from clips")
     parser.add_argument("--steps", type=int, default=None, help="training steps of the stage")
     parser.add_argument("--batch", type=int, default=None, help="clips a step, of all processes together")
@@ -725,16 +728,44 @@ def start_processes(count: int, arguments: list[str], entry=main) -> int:
         raise ValueError(f"a process stopped: {said['message'] if isinstance(said, dict) else said}") from None
 
 # %% ../nbs/10_train.ipynb #cell-066
+def fingerprint(module: nn.Module) -> str:
+    "Of a network's weights: sixteen hexadecimal digits."
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def stamp_cache(folder: Path, made_of: dict, write: bool = True) -> None:
+    "Note what a cache is made of; raise ValueError where its shards were made of something else."
+    path, made_of = Path(folder) / "made-of.json", json.loads(json.dumps(made_of))
+    if path.is_file():
+        there = json.loads(path.read_text())
+        changed = {name: (there.get(name), made_of.get(name)) for name in there | made_of if there.get(name) != made_of.get(name)}
+        if changed:
+            raise ValueError(f"{folder} was made of something else: {changed} (there, wanted); remove it, or name another --cache")
+    elif any(Path(folder).glob("clips-*.safetensors")):
+        raise ValueError(f"want {path}, which says what the shards beside it were made of, got none; remove them, or name another --cache")
+    elif write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as part:
+            part.write_text(json.dumps(made_of, indent=2))
+
+# %% ../nbs/10_train.ipynb #cell-067
 def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoVAE, encoder: ExpressionEncoder, token: int, device, rank: int, world: int) -> list[Path]:
     "Draw and encode what is not there yet; the folders to learn from."
-    folders = []
+    folders, parts = [], {"vae": fingerprint(vae), "encoder": fingerprint(encoder)}
+    if missing := set(kinds) - set(PICTURES[args.config]):
+        raise ValueError(f"want a stage that {args.config} has pictures for, got --stage {args.stage}: there are none of kind {', '.join(missing)}")
     for kind in kinds:
         clip_config, encode, count = PICTURES[args.config][kind]
-        count = count if args.clips is None else args.clips
-        encode_clips(SceneClips(clip_config, seed=0, device=device), count, cache / kind, vae, encoder, partial(encode, token=token), rank=rank, world=world)
+        count, seed = count if args.clips is None else args.clips, int(kind == "small")  # small pictures show other people: the more the better
+        stamp_cache(cache / kind, {"seed": seed} | asdict(clip_config) | parts, write=rank == 0)
+        encode_clips(SceneClips(clip_config, seed=seed, device=device), count, cache / kind, vae, encoder, partial(encode, token=token), rank=rank, world=world)
         folders += [cache / kind] if count or not args.data else []
     if args.data and "clips" in kinds:
         real = ClipFolder(args.data, PICTURES[args.config]["clips"][0], args.seed)
+        stamp_cache(cache / "data", {"folder": str(args.data.resolve()), "clips": len(real), "seed": args.seed} | asdict(PICTURES[args.config]["clips"][0]) | parts, write=rank == 0)
         encode_clips(real, len(real), cache / "data", vae, encoder, partial(encode_clip, token=token), rank=rank, world=world)
         folders.append(cache / "data")
     elif args.data:
@@ -798,7 +829,7 @@ def run_training(args: argparse.Namespace) -> int:
     if args.stage != "all":
         if args.stage == "adapter" and not args.init:
             raise ValueError("want a base for --stage adapter: --init FOLDER, as --stage base writes it")
-        if args.stage not in ("stills", "base") and not args.init:
+        if args.stage not in ("small", "stills", "base") and not args.init:
             print(f"fantasy-train: {args.stage} from random weights, without stills before them (--init): heads will hardly follow", file=sys.stderr)
         run_stage(args, args.stage, run, args.init, weights)
         return 0
@@ -806,7 +837,7 @@ def run_training(args: argparse.Namespace) -> int:
     if alone:
         raise ValueError(f"{' and '.join(alone)} belong to one stage: say which with --stage {', --stage '.join(STAGES)}")
     init = args.init
-    for stage in ONE_AFTER_THE_OTHER:
+    for stage in ONE_AFTER_THE_OTHER["small" not in PICTURES[args.config] :]:
         last = stage == ONE_AFTER_THE_OTHER[-1]
         if not run_stage(args, stage, run / stage, init, weights if last else run / stage / "weights"):
             print(f"stopped within {stage}; go on with --resume --run {run}")

@@ -1,0 +1,347 @@
+"""What do the weights do on people and motions that they have never seen? `python tools/measure_animation.py --weights tiny mini`
+
+Parts (`--parts`, default all):
+  pictures   PSNR against the true film, between the portrait held still (floor) and the VAE's own reconstruction (ceiling); one, two and three people
+  following  r of drivers' true curves with what is measured in the films, own driver and others', pooled over all clips (each curve minus its mean in the clip); drivers swapped; true films for comparison
+  steps      PSNR and seconds against solver steps, guidance, its interval, draws
+  long       200 frames: background, identity (face shape and colour, against other people's) over time; as recommended, in windows, and naively chained
+  real       real drivers (../shared/real) on drawn portraits: r of what MediaPipe reads in the driver with what it reads in the film; contact sheets into --out
+  time       seconds, peak memory and the share spent outside of the DiT, 16 frames of one and of two people
+
+Scenes come from `SceneClips` under a seed that training does not use; features from drivers drawn and cropped as the tracker would; films as the weights recommend (pipeline.json)."""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from fantasy_nb.animate import PortraitPipeline, decode_film, denoise, to_pixels
+from fantasy_nb.core import data_samples, default_device, write_image
+from fantasy_nb.data import ClipConfig, SceneClips, zoom_in
+from fantasy_nb.expression import Features, fit_ruler
+from fantasy_nb.faces import Expression, Identity, Scene, random_motion, render_crops, render_scene
+from fantasy_nb.tracking import align_crop, head_pose, measure_expression, track_faces
+from fantasy_nb.train import owners_from_portrait
+
+SEED = 424_242  # of scenes; training uses 0 and 1, its sample sheets 999
+FACTORS = {"yaw": "head", "pitch": "head", "roll": "head", "mouth_open": "mouth", "smile": "mouth", "blink": "eyes", "gaze_x": "eyes"}
+MOVING = {0, 11, 12, 13, 14, 17, 37, 267, 61, 291, 78, 308, 82, 312, 87, 317, 95, 324, 146, 375, 159, 145, 386, 374, 105, 334}  # some of the landmarks that an expression moves: not used for identity
+
+
+def curve_of(motion: Expression, name: str) -> np.ndarray:
+    "A true factor over time; blink is the mean of both lids."
+    return ((motion.blink_left + motion.blink_right) / 2 if name == "blink" else getattr(motion, name)).cpu().numpy()
+
+
+class Weights:
+    "A pipeline, and scenes of the shape it was taught with."
+
+    def __init__(self, name: str, device):
+        self.name, self.pipeline = Path(name).name, PortraitPipeline.from_pretrained(name, device)
+        self.settings, self.device = self.pipeline.settings, torch.device(device)
+        self.height = round(self.settings.face_height / 0.742 / 16) * 16
+        self.token = 8 * self.pipeline.animator.dit.config.patch[1]
+
+    def clips(self, people: int, frames: int) -> SceneClips:
+        return SceneClips(ClipConfig(frames=frames, height=self.height, crop=self.settings.crop, people=(people,), whole=()), SEED + people, device=self.device)
+
+    @torch.no_grad()
+    def read(self, clip):  # -> video (1 3 f h w), features (p f 554), owners (2 n)
+        "What the network is given, and what is true."
+        video = clip.frames.transpose(0, 1)[None].to(self.device) / 127.5 - 1
+        features = torch.stack([self.pipeline.encoder(c.to(self.device) / 127.5 - 1).pack() for c in clip.crops])
+        return video, features, owners_from_portrait(clip.boxes[0], clip.frames.shape[-2:], 5, self.token).to(self.device)
+
+    @torch.no_grad()
+    def latents(self, portrait, features, owners, how=None):  # portrait latents (1 c 1 h w)
+        how = how or self.settings
+        return sum(denoise(self.pipeline.animator, how, portrait, features, owners, 7919 * k, False) for k in range(how.draws)) / how.draws
+
+    @torch.no_grad()
+    def film(self, video, features, owners, how=None) -> np.ndarray:  # uint8 (f-1 h w 3)
+        how = how or self.settings
+        return decode_film(self.pipeline.vae, self.latents(self.pipeline.vae.encode(video[:, :, :1]), features, owners, how), how.window)
+
+    @torch.no_grad()
+    def reconstructed(self, video) -> np.ndarray:  # (1 3 f h w) -> uint8 (f-1 h w 3)
+        "What the VAE makes of the truth: every frame by itself, or as one film, as the weights are used."
+        vae = self.pipeline.vae
+        if self.settings.window:
+            return to_pixels(vae.decode(vae.encode(video))[:, :, 1:])
+        return np.concatenate([to_pixels(vae.decode(vae.encode(x[:, :, None])).transpose(0, 2)) for x in video[0, :, 1:].transpose(0, 1).split(8)])
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / np.square(a.astype(np.float32) - b).mean())
+
+
+def true_frames(video) -> np.ndarray:
+    return to_pixels(video[:, :, 1:])
+
+
+# pictures and following share their films
+
+
+def pictures_and_following(weights: Weights, counts: dict[int, int], frames: int, parts: set) -> None:
+    "Print both tables."
+    readers = {"MediaPipe": lambda track, film: measure_expression(track)} | ({"encoder": encoder_reader(weights)} if "following" in parts else {})
+    for people, count in counts.items():
+        rows, seen, lost = [], defaultdict(list), 0
+        clips = weights.clips(people, frames)
+        for k in tqdm(range(count), desc=f"{weights.name}, {people} people", unit="clip"):
+            clip = clips[k]
+            video, features, owners = weights.read(clip)
+            truth, made = true_frames(video), weights.film(video, features, owners)
+            still = np.repeat(to_pixels(video[:, :, :1]), len(truth), 0)
+            spans = torch.cat([clip.boxes[1:].amin(0)[:, :2].clamp(min=0), clip.boxes[1:].amax(0)[:, 2:]], 1).round().int().tolist()
+            faces = [np.s_[:, y0:y1, x0:x1] for x0, y0, x1, y1 in spans]
+            tells = [still, made, weights.reconstructed(video)]
+            rows.append([psnr(x, truth) for x in tells] + [np.mean([psnr(x[face], truth[face]) for face in faces]) for x in tells])
+            if "following" not in parts:
+                continue
+            films = {"made": made, "true": truth} | ({"swapped": weights.film(video, torch.cat([features[:, :1], features.roll(1, 0)[:, 1:]], 1), owners)} if people == 2 else {})
+            for name, film in films.items():
+                tracks = track_faces(film, people)
+                if len(tracks) < people:
+                    lost += name == "made"
+                    continue
+                for reader, read in readers.items():
+                    said = [read(track, film) for track in tracks]
+                    for factor in FACTORS:
+                        for j in range(people):
+                            for i in range(people):
+                                curve = curve_of(clip.motions[i], factor)[1:]
+                                value = np.asarray(said[j][factor])
+                                seen[reader, name, factor, "own" if i == j else "other"].append((curve - curve.mean(), value - value.mean()))
+        mean = np.mean(rows, 0)
+        share = lambda row: (row[1] - row[0]) / (row[2] - row[0])  # noqa: E731
+        print(f"\n{weights.name}, {people} people, {count} clips of {frames - 1} frames, PSNR: portrait held {mean[0]:.2f}, film {mean[1]:.2f}, VAE {mean[2]:.2f} dB: {share(mean[:3]):.0%} of the way; in faces {mean[3]:.2f}, {mean[4]:.2f}, {mean[5]:.2f} dB: {share(mean[3:]):.0%}; frames of lost films: {lost} of {count}")
+        if seen:
+            print_following(seen, people)
+
+
+def pooled(pairs) -> float:
+    return np.corrcoef(np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs]))[0, 1]
+
+
+def print_following(seen: dict, people: int) -> None:
+    columns = [("made", "own"), ("true", "own")] + [("made", "other"), ("true", "other")] * (people > 1) + [("swapped", "own"), ("swapped", "other")] * (people == 2)
+    print(f"{'read by':12s}{'factor':12s}" + "".join(f"{a + ' ' + b:>15s}" for a, b in columns) + ("   (swapped: 'own' is the driver of before, 'other' the new one)" if people == 2 else ""))
+    for reader in dict.fromkeys(key[0] for key in seen):
+        for factor in FACTORS:
+            print(f"{reader:12s}{factor:12s}" + "".join(f"{pooled(seen[reader, a, factor, b]):15.2f}" for a, b in columns))
+
+
+@torch.no_grad()
+def encoder_reader(weights: Weights, count: int = 1600, seed: int = 2001):
+    "Straight lines, laid on drawn people, from the features of the pipeline's own encoder (chapter 03) to the factors."
+    encoder = weights.pipeline.encoder
+    size, known = encoder.config.image_size, Expression.sample(count, seed)
+    crops = render_crops(Identity.sample(count, seed), known, size)
+    features = Features.unpack(torch.cat([encoder(part.to(weights.device)).pack().cpu() for part in crops.split(100)]))
+    rulers = {name: fit_ruler(getattr(features, group), torch.as_tensor(curve_of(known, name))[:, None]) for name, group in FACTORS.items()}
+
+    @torch.no_grad()
+    def read(track, film):
+        row = encoder(align_crop(film, track, size, weights.settings.keep_roll).to(weights.device))
+        return {name: rulers[name](getattr(row, group).cpu())[:, 0] for name, group in FACTORS.items()}
+
+    return read
+
+
+# steps, guidance, draws
+
+
+def steps(weights: Weights, count: int = 8, frames: int = 9) -> None:
+    "Print quality and time for ways to sample."
+    clips = [weights.read(weights.clips(2, frames)[k]) for k in range(count)]
+    ways = [dict(steps=n) for n in (1, 4, 8, 15, 30)] + [dict(steps=8, guidance=g) for g in (1.5, 2.5)] + [dict(steps=8, guidance=2.5, interval=i) for i in ((0.0, 0.8), (0.3, 0.8), (0.8, 1.0))]
+    ways += [dict(steps=1, draws=n) for n in (3, 6)] + [dict(steps=4, solver="multistep"), dict(steps=4, solver="heun")]
+    print(f"\n{weights.name}, {count} clips of two people, {frames - 1} frames: PSNR, seconds a clip without the VAE's decoder")
+    for way in ways:
+        how, spent, values = replace(weights.settings, **(dict(steps=1, draws=1, guidance=1.0) | way)), 0.0, []
+        for video, features, owners in clips:
+            portrait = weights.pipeline.vae.encode(video[:, :, :1])
+            began = time.perf_counter()
+            latents = weights.latents(portrait, features, owners, how)
+            spent += time.perf_counter() - began
+            values.append(psnr(decode_film(weights.pipeline.vae, latents, how.window), true_frames(video)))
+        print(f"{str(way):60s}{np.mean(values):7.2f} dB{spent / count:8.2f} s", flush=True)
+
+
+# two hundred frames
+
+
+def face_signature(film: np.ndarray, tracks) -> np.ndarray:  # (p f d)
+    "Face shape (landmarks in the face's own frame, those that hardly move) and colour (skin at these landmarks, hair above)."
+    keep = [k for k in range(0, 468, 4) if k not in MOVING]
+    rows = []
+    for track in tracks:
+        shape = head_pose(track)[1][:, keep, :2].flatten(1).numpy()
+        places = np.asarray(track.landmarks)[:, :468, :2]
+        top, chin = places[:, 10], places[:, 152]
+        hair = top + (top - chin) * 0.12
+        h, w = film.shape[1:3]
+        pick = lambda frame, xy: frame[np.clip(xy[..., 1].round().astype(int), 0, h - 1), np.clip(xy[..., 0].round().astype(int), 0, w - 1)]  # noqa: E731
+        skin = np.stack([pick(frame, xy[keep]).mean(0) for frame, xy in zip(film, places)]) / 255
+        above = np.stack([pick(frame, xy) for frame, xy in zip(film, hair)]) / 255
+        rows.append(np.concatenate([shape, skin, above], 1))
+    return np.stack(rows)
+
+
+def long(weights: Weights, frames: int = 201, others: int = 50, scene: int = 77) -> None:
+    "Print errors over time of one scene of two people, 200 frames."
+    size, device = (weights.height, weights.height * 3 // 4 * 2 // 16 * 16), weights.device
+    place = zoom_in(Scene.sample(2, SEED + scene), 1.5)
+    clips = weights.clips(2, 9)
+    motions = [Expression.cat([clips.motion(SEED + 8 * j)[:1], random_motion(frames - 1, SEED + j, 25.0)]) for j in (0, 1)]
+    motions = [m.replace(yaw=0.5 * m.yaw, pitch=0.5 * m.pitch, roll=0.5 * m.roll) for m in motions]
+    drawn, boxes, _ = render_scene(place, motions, size)
+    video = (drawn.transpose(0, 1)[None] * 2 - 1).to(device)
+    crops = [render_crops(Identity.sample(1, 31 + j), m, weights.settings.crop) for j, m in enumerate(motions)]
+    with torch.no_grad():
+        features = torch.stack([torch.cat([weights.pipeline.encoder(part.to(device)).pack() for part in c.split(64)]) for c in crops])
+    owners = owners_from_portrait(boxes[0], size, 5, weights.token).to(device)
+    truth = true_frames(video)
+    gallery = []
+    for k in tqdm(range(others), desc="other people", unit="scene"):
+        calm_ones = [Expression.sample(4, SEED + 2 * k + j) for j in (0, 1)]
+        calm_ones = [m.replace(yaw=0.3 * m.yaw, pitch=0.3 * m.pitch, roll=0.3 * m.roll) for m in calm_ones]
+        pictures = to_pixels((render_scene(zoom_in(Scene.sample(2, SEED + 1000 + k), 1.5), calm_ones, size)[0].transpose(0, 1)[None] * 2 - 1))
+        tracks = track_faces(pictures, 2)
+        gallery += list(face_signature(pictures, tracks).mean(1)) if len(tracks) == 2 else []
+    gallery = np.stack(gallery)
+    scale = gallery.std(0)
+    own = [x[:25].mean(0) for x in face_signature(truth, track_faces(truth, 2))]
+
+    def chained(how):
+        "Eight frames at a time, each piece from the last frame of the one before."
+        pieces, start = [], video[:, :, :1]
+        for k in range(1, frames, 8):
+            part = torch.cat([features[:, :1] if k == 1 else features[:, k - 1 : k], features[:, k : k + 8]], 1)
+            pieces.append(weights.film(start, part, owners, how))
+            start = torch.from_numpy(pieces[-1][-1:]).permute(3, 0, 1, 2)[None].to(device) / 127.5 - 1
+        return np.concatenate(pieces)
+
+    windows = replace(weights.settings, window=2, overlap=1)
+    films = {"as recommended": lambda: weights.film(video, features, owners), "in windows": lambda: weights.film(video, features, owners, windows)}
+    films |= {"chained, as recommended": lambda: chained(weights.settings), "chained windows": lambda: chained(windows), "true film": lambda: truth}
+    outside = np.ones(size, bool)
+    for x0, y0, x1, y1 in torch.cat([boxes.amin(0)[:, :2], boxes.amax(0)[:, 2:]], 1).tolist():
+        outside[: int(y1) + 1, max(0, int(x0 - 0.2 * (x1 - x0))) : int(x1 + 0.2 * (x1 - x0)) + 1] = False
+    print(f"\n{weights.name}, {frames - 1} frames of two people. PSNR; background: root mean square error of what no head comes near, grey levels ({outside.mean():.0%} of the picture); identity: distance to the person's own face over distance to the nearest of {len(gallery)} others, and how many frames are nearest to themselves")
+    print(f"{'':28s}" + "".join(f"{f'{a} to {a + 40}':>26s}" for a in range(0, frames - 1, 40)))
+    for name, make in films.items():
+        film = make()
+        tracks = track_faces(film, 2)
+        cells = []
+        signatures = face_signature(film, tracks) if len(tracks) == 2 else None
+        for a in range(0, frames - 1, 40):
+            part = np.s_[a : a + 40]
+            error = np.sqrt(np.square(film[part].astype(np.float32) - truth[part])[:, outside].mean())
+            if signatures is None:
+                cells.append(f"{psnr(film[part], truth[part]):.1f} {error:.2f} faces lost")
+                continue
+            mine = np.stack([np.abs((s[part] - o) / scale).mean(1) for s, o in zip(signatures, own)])
+            theirs = np.stack([np.abs((s[part][:, None] - gallery) / scale).mean(2).min(1) for s in signatures])
+            cells.append(f"{psnr(film[part], truth[part]):.1f} {error:.2f} {(mine / theirs).mean():.2f} {(mine < theirs).mean():.0%}")
+        print(f"{name:28s}" + "".join(f"{cell:>26s}" for cell in cells), flush=True)
+
+
+# real drivers
+
+
+def real(weights: Weights, folder: Path, out: Path | None) -> None:
+    "Print r of driver and film, both by MediaPipe."
+    pairs = [("portrait_one.png", "biden.mp4", 1), ("portrait_two.png", "two_person.mp4", 2)]
+    for portrait, driver, people in pairs:
+        film = weights.pipeline(data_samples(portrait), str(folder / driver), frames=100, show=False)
+        tracks = track_faces(film.frames, people)
+        if out:
+            write_image(out / f"{weights.name}-{Path(driver).stem}.png", film.sheet())
+            film.save(out / f"{weights.name}-{Path(driver).stem}.mp4", compare=True)
+        for k, (track, source) in enumerate(zip(tracks, film.tracks), 1):
+            said, meant = measure_expression(track), measure_expression(source)
+            print(f"{weights.name}: {driver} drives person {k} of {portrait}, {len(film.frames)} frames: " + ", ".join(f"{name} {np.corrcoef(meant[name], said[name])[0, 1]:.2f}" for name in ("yaw", "pitch", "roll", "mouth_open", "smile", "blink")), flush=True)
+
+
+# time and memory
+
+
+def time_one(name: str, people: int, device: str) -> None:
+    "In a process of its own: print seconds, the DiT's share, peak memory."
+    began = time.perf_counter()
+    pipeline = PortraitPipeline.from_pretrained(name, device)
+    loaded, inside = time.perf_counter() - began, [0.0]
+    forward = pipeline.animator.dit.forward
+
+    def timed(*args, **kwargs):
+        start = time.perf_counter()
+        answer = forward(*args, **kwargs)
+        torch.cuda.synchronize() if device != "cpu" else None
+        inside[0] += time.perf_counter() - start
+        return answer
+
+    pipeline.animator.dit.forward = timed
+    portrait, drivers = data_samples(f"portrait_{'one' if people == 1 else 'two'}.png"), [data_samples(f"driver_{k}.mp4") for k in "ab"[:people]]
+    pipeline(portrait, drivers, frames=4, show=False)  # the first call builds the tracker
+    spent = []
+    for _ in range(3):
+        inside[0], start = 0.0, time.perf_counter()
+        pipeline(portrait, drivers, frames=16, show=False)
+        spent.append((time.perf_counter() - start, inside[0]))
+    total, dit = min(spent)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{Path(name).name}, 16 frames and the portrait of {people} people on {device} ({torch.get_num_threads()} threads): {total:.2f} s (weights loaded in {loaded:.1f} s), {1 - dit / total:.0%} of it outside of the DiT; at most {peak:.2f} GiB", flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("measure_animation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("pictures", "following", "steps", "long", "real", "time")
+    parser.add_argument("--weights", nargs="+", default=["tiny", "mini"], help="shipped names or folders")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--clips", type=int, nargs=3, default=[64, 32, 16], metavar="N", help="clips of one, two, three people (default: 64 32 16)")
+    parser.add_argument("--frames", type=int, default=49, help="of these clips, 4n+1 (default: 49)")
+    parser.add_argument("--real", type=Path, default=Path("../shared/real"), help="folder with biden.mp4 and two_person.mp4")
+    parser.add_argument("--out", type=Path, help="folder for contact sheets and films")
+    parser.add_argument("--set", type=json.loads, default={}, metavar="JSON", help='settings to change, e.g. \'{"draws": 1}\'')
+    parser.add_argument("--time-one", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    device = str(default_device())
+    for name in args.weights:
+        if args.time_one:
+            time_one(name, args.time_one, device)
+            continue
+        weights, parts = Weights(name, device), set(args.parts)
+        weights.settings = weights.pipeline.settings = replace(weights.settings, **args.set)
+        if parts & {"pictures", "following"}:
+            pictures_and_following(weights, {p: n for p, n in enumerate(args.clips, 1) if n}, args.frames, parts)
+        if "steps" in parts:
+            steps(weights)
+        if "long" in parts:
+            long(weights)
+        if "real" in parts:
+            if args.out:
+                args.out.mkdir(parents=True, exist_ok=True)
+            real(weights, args.real, args.out)
+        if "time" in parts:
+            for people in (1, 2):
+                subprocess.run([sys.executable, __file__, "--weights", name, "--time-one", str(people)], check=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
