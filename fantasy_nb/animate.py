@@ -6,8 +6,8 @@
 __all__ = ['SOLVERS', 'PipelineConfig', 'resize', 'face_boxes', 'fit_portrait', 'window_starts', 'blend_windows', 'Animation',
            'square', 'load_portrait', 'load_driver', 'find_people', 'find_drivers', 'film_velocity', 'frames_velocity',
            'denoise', 'to_pixels', 'decode_film', 'among_diffusers', 'StoredPipeline', 'by_name', 'each_person',
-           'PortraitPipeline', 'check_assignment', 'animate', 'build_parser', 'check_output', 'named_drivers',
-           'run_animation', 'main']
+           'check_assignment', 'Cast', 'find_cast', 'PortraitPipeline', 'animate', 'build_parser', 'check_output',
+           'named_drivers', 'run_animation', 'main']
 
 # %% ../nbs/11_animate.ipynb #cell-004
 import argparse
@@ -385,6 +385,42 @@ def each_person(strength, people: int, names: list[str] | None, what: str) -> li
     return values
 
 # %% ../nbs/11_animate.ipynb #cell-031
+def check_assignment(assign: list[int] | None, drivers: int, people: int) -> list[int]:
+    "Which person each driver moves, from 1. Raises ValueError unless they are different people of the portrait."
+    assign = list(range(1, drivers + 1)) if assign is None else list(assign)
+    if len(assign) != drivers or len(set(assign)) != drivers or not all(1 <= k <= people for k in assign):
+        raise ValueError(f"want {drivers} different people out of 1 to {people} to assign the drivers to, got {assign}")
+    return assign
+
+# %% ../nbs/11_animate.ipynb #cell-033
+@dataclass
+class Cast:
+    "Who is in the picture, and who moves whom."
+
+    picture: np.ndarray  # uint8 (h w 3)
+    people: list[FaceTrack]  # of the picture, from left to right
+    films: list[np.ndarray]  # the drivers', of one length
+    tracks: list[FaceTrack]  # and their faces
+    fps: float
+    files: list  # where they come from, None for frames
+    assign: list[int]  # which person (from 1) each driver moves
+    dials: list[dict]  # for each person mouth, emotion, overall
+
+
+def find_cast(portrait, drivers, frames: int | None, assign: list[int] | None, names: list[str] | None, strengths: dict, show: bool) -> Cast:
+    "Read and track everything. Raises ValueError for what does not fit together."
+    if frames is not None and frames < 1:
+        raise ValueError(f"want at least one frame, got frames={frames}")
+    picture, (drivers, assign) = load_portrait(portrait), by_name(drivers, names, assign)
+    people = find_people(picture)
+    if names is not None and len(names) != len(people):
+        raise ValueError(f"want a name for each of the {len(people)} people in the portrait, got {names}")
+    strengths = {what: each_person(value, len(people), names, what) for what, value in strengths.items()}
+    films, tracks, fps, files = find_drivers(drivers, len(people), frames, show)
+    assign = check_assignment(assign, len(tracks), len(people))
+    return Cast(picture, people, films, tracks, fps, files, assign, [{what: values[k] for what, values in strengths.items()} for k in range(len(people))])
+
+# %% ../nbs/11_animate.ipynb #cell-035
 class PortraitPipeline(StoredPipeline):
     "Portrait and drivers -> film."
 
@@ -394,17 +430,32 @@ class PortraitPipeline(StoredPipeline):
         crops = align_crop(pictures, track, self.settings.crop, self.settings.keep_roll)
         return torch.cat([self.encoder(part.to(self.device)).pack() for part in crops.split(64)])
 
-    def performances(self, picture, people, films, tracks, assign, dials: list[dict]) -> Tensor:  # (p 1+4n 554)
+    def performances(self, cast: Cast) -> Tensor:  # (p 1+4n 554)
         "Everybody's features: the portrait's own moment, then the driver's (as strong as the person's dials say), held at the end up to a whole window."
-        rows, length = [], len(films[0])
-        for k, face in enumerate(people, 1):
-            own = moved = self.features(picture[None], face)
-            if k in assign:
-                moved = self.features(films[assign.index(k)], tracks[assign.index(k)])
-                moved = strengthen(Features.unpack(moved), **dials[k - 1]).pack()
+        rows, length = [], len(cast.films[0])
+        for k, face in enumerate(cast.people, 1):
+            own = moved = self.features(cast.picture[None], face)
+            if k in cast.assign:
+                driver = cast.assign.index(k)
+                moved = self.features(cast.films[driver], cast.tracks[driver])
+                moved = strengthen(Features.unpack(moved), **cast.dials[k - 1]).pack()
             moved = moved.expand(length, -1)
             rows.append(torch.cat([own, moved, moved[-1:].expand(-length % 4, -1)]))
         return torch.stack(rows)
+
+    def film(self, cast: Cast, how: PipelineConfig, seed: int, show: bool) -> np.ndarray:  # uint8 (f h w 3)
+        "Encode, denoise, decode."
+        working, boxes, (h, w) = fit_portrait(cast.picture, face_boxes(cast.people), how)
+        owners = owners_from_portrait(boxes, working.shape[:2], 5, 8 * self.animator.dit.config.patch[1]).to(self.device)
+        with self.at_work(self.encoder):
+            features = self.performances(cast)
+        with self.at_work(self.vae) as vae:
+            latents = vae.encode(torch.from_numpy(working).permute(2, 0, 1)[None, :, None].to(self.device) / 127.5 - 1)
+        rounds = tqdm(range(how.draws), desc="draws", unit="draw", disable=not show or how.draws == 1)
+        with self.at_work(self.animator) as animator:
+            latents = sum(denoise(animator, how, latents, features, owners, seed + 7919 * k, show and how.draws == 1) for k in rounds) / how.draws
+        with self.at_work(self.vae) as vae:
+            return decode_film(vae, latents, how.window)[: len(cast.films[0]), :h, :w]
 
     @torch.no_grad()
     def __call__(
@@ -428,38 +479,12 @@ class PortraitPipeline(StoredPipeline):
     ) -> Animation:
         "Animate everybody who has a driver. Raises ValueError for pictures without faces, too many drivers, wrong assignments or settings."
         asked = dict(steps=steps, guidance=guidance, draws=draws, solver=solver, interval=interval, window=window)
-        c, show = replace(self.settings, **{k: v for k, v in asked.items() if v is not None}), show and not getattr(self, "_progress_bar_config", {}).get("disable")
-        if frames is not None and frames < 1:
-            raise ValueError(f"want at least one frame, got frames={frames}")
-        picture, (drivers, assign) = load_portrait(portrait), by_name(drivers, names, assign)
-        people = find_people(picture)
-        if names is not None and len(names) != len(people):
-            raise ValueError(f"want a name for each of the {len(people)} people in the portrait, got {names}")
-        strengths = {what: each_person(value, len(people), names, what) for what, value in (("mouth", mouth), ("emotion", emotion), ("overall", overall))}
-        films, tracks, fps, files = find_drivers(drivers, len(people), frames, show)
-        assign = check_assignment(assign, len(tracks), len(people))
-        working, boxes, size = fit_portrait(picture, face_boxes(people), c)
-        owners = owners_from_portrait(boxes, working.shape[:2], 5, 8 * self.animator.dit.config.patch[1]).to(self.device)
-        with self.at_work(self.encoder):
-            features = self.performances(picture, people, films, tracks, assign, [{what: values[k] for what, values in strengths.items()} for k in range(len(people))])
-        with self.at_work(self.vae) as vae:
-            latents = vae.encode(torch.from_numpy(working).permute(2, 0, 1)[None, :, None].to(self.device) / 127.5 - 1)
-        rounds = tqdm(range(c.draws), desc="draws", unit="draw", disable=not show or c.draws == 1)
-        with self.at_work(self.animator) as animator:
-            latents = sum(denoise(animator, c, latents, features, owners, seed + 7919 * k, show and c.draws == 1) for k in rounds) / c.draws
-        with self.at_work(self.vae) as vae:
-            film = decode_film(vae, latents, c.window)[: len(films[0]), : size[0], : size[1]]
-        return Animation(film, fps, tracks, films, assign, files)
+        how = replace(self.settings, **{k: v for k, v in asked.items() if v is not None})
+        show = show and not getattr(self, "_progress_bar_config", {}).get("disable")
+        cast = find_cast(portrait, drivers, frames, assign, names, dict(mouth=mouth, emotion=emotion, overall=overall), show)
+        return Animation(self.film(cast, how, seed, show), cast.fps, cast.tracks, cast.films, cast.assign, cast.files)
 
-# %% ../nbs/11_animate.ipynb #cell-032
-def check_assignment(assign: list[int] | None, drivers: int, people: int) -> list[int]:
-    "Which person each driver moves, from 1. Raises ValueError unless they are different people of the portrait."
-    assign = list(range(1, drivers + 1)) if assign is None else list(assign)
-    if len(assign) != drivers or len(set(assign)) != drivers or not all(1 <= k <= people for k in assign):
-        raise ValueError(f"want {drivers} different people out of 1 to {people} to assign the drivers to, got {assign}")
-    return assign
-
-# %% ../nbs/11_animate.ipynb #cell-033
+# %% ../nbs/11_animate.ipynb #cell-036
 def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation:
     "One call: load the weights, animate, and write a file where `out` is given."
     animation = PortraitPipeline.from_pretrained(weights)(portrait, drivers, **options)
@@ -467,7 +492,7 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-068
+# %% ../nbs/11_animate.ipynb #cell-076
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -497,7 +522,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-# %% ../nbs/11_animate.ipynb #cell-069
+# %% ../nbs/11_animate.ipynb #cell-077
 def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     "Raise before the work starts where a file could not be written after it."
     if path is None:
@@ -513,7 +538,7 @@ def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     probe.touch()
     probe.unlink()
 
-# %% ../nbs/11_animate.ipynb #cell-070
+# %% ../nbs/11_animate.ipynb #cell-078
 def named_drivers(drive: list[str], names: list[str] | None):  # a list of files, or {name: file}
     "What --drive says. Raises ValueError where only some drivers have a name, or one has two."
     pairs = [text.partition("=") for text in drive]
@@ -550,7 +575,7 @@ def run_animation(args: argparse.Namespace) -> None:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-# %% ../nbs/11_animate.ipynb #cell-071
+# %% ../nbs/11_animate.ipynb #cell-079
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)

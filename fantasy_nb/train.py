@@ -581,12 +581,12 @@ PICTURES = {  # what is drawn, how it is encoded, how many scenes
     },
     "mini": {
         "small": (ClipConfig(frames=5, stills=True, height=96, crop=128), encode_stills, 1500),
-        "stills": (ClipConfig(frames=5, stills=True, height=176, crop=128), encode_stills, 2000),
+        "stills": (ClipConfig(frames=5, stills=True, height=176, crop=128), encode_stills, 1500),
         "clips": (ClipConfig(frames=17, height=176, crop=128), encode_clip, 1500),
     },
 }
 STAGES = {  # what to learn from, and how
-    "small": (("small",), TrainConfig(steps=6000, pure_noise=0.8)),
+    "small": (("small",), TrainConfig(steps=4500, pure_noise=0.8)),
     "stills": (("stills",), TrainConfig(steps=22500, pure_noise=0.8)),
     "clips": (("clips",), TrainConfig(steps=2800, lr=1e-3, pure_noise=0.8, loss="pixels")),
     "mixed": (("stills", "clips"), TrainConfig(steps=10500, lr=1e-3, decay=0.5, pure_noise=0.8, loss="pixels")),
@@ -737,14 +737,14 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def stamp_cache(folder: Path, made_of: dict, write: bool = True) -> None:
-    "Note what a cache is made of; raise ValueError where its shards were made of something else."
+    "Note what a cache is made of (unless `write` is off: then only compare); raise ValueError where its shards were made of something else."
     path, made_of = Path(folder) / "made-of.json", json.loads(json.dumps(made_of))
     if path.is_file():
         there = json.loads(path.read_text())
         changed = {name: (there.get(name), made_of.get(name)) for name in there | made_of if there.get(name) != made_of.get(name)}
         if changed:
             raise ValueError(f"{folder} was made of something else: {changed} (there, wanted); remove it, or name another --cache")
-    elif any(Path(folder).glob("clips-*.safetensors")):
+    elif write and any(Path(folder).glob("clips-*.safetensors")):
         raise ValueError(f"want {path}, which says what the shards beside it were made of, got none; remove them, or name another --cache")
     elif write:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -760,7 +760,7 @@ def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoV
     for kind in kinds:
         clip_config, encode, count = PICTURES[args.config][kind]
         count, seed = count if args.clips is None else args.clips, int(kind == "small")  # small pictures show other people: the more the better
-        stamp_cache(cache / kind, {"seed": seed} | asdict(clip_config) | parts, write=rank == 0)
+        stamp_cache(cache / kind, {"seed": seed} | asdict(clip_config) | parts, write=rank == 0 and count > 0)
         encode_clips(SceneClips(clip_config, seed=seed, device=device), count, cache / kind, vae, encoder, partial(encode, token=token), rank=rank, world=world)
         folders += [cache / kind] if count or not args.data else []
     if args.data and "clips" in kinds:

@@ -1,4 +1,5 @@
 import csv
+import json
 import signal
 import subprocess
 import sys
@@ -500,6 +501,38 @@ def test_stages_follow_one_another(tmp_path, capsys):
     assert main(["--stage", "clips", "--init", str(first / "weights"), "--run", str(second), "--clips", "2", "--steps", "2", "--batch", "1"]) == 0
     assert Animator.from_pretrained(second / "weights").dit.config.width == DiTConfig.tiny().width
     assert main(["--stage", "clips", "--init", str(tmp_path / "nowhere"), "--run", str(second), "--clips", "2"]) == 2 and "nowhere" in capsys.readouterr().err
+
+
+def test_a_cache_says_what_it_is_made_of(tmp_path, capsys):
+    arguments = ["--stage", "stills", "--run", str(tmp_path), "--steps", "1", "--batch", "1", "--threads", "1", "--samples", "0"]
+    assert main([*arguments, "--clips", "1"]) == 0
+    stamp = tmp_path / "cache" / "stills" / "made-of.json"
+    assert json.loads(stamp.read_text())["height"] == 64
+    assert main([*arguments, "--clips", "2", "--seed", "1"]) == 0  # more of the same
+    stamp.write_text(stamp.read_text().replace('"encoder": "', '"encoder": "0'))
+    for clips in ("2", "0"):
+        assert main([*arguments, "--clips", clips]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len([line for line in said if line.startswith("fantasy-train:")]) == 1 and "'encoder'" in said[-1] and "something else" in said[-1]
+    stamp.unlink()
+    assert main([*arguments, "--clips", "2"]) == 2 and "made-of.json" in capsys.readouterr().err
+    assert main([*arguments, "--clips", "0"]) == 0  # whoever draws nothing takes what is there
+
+
+def test_small_pictures_come_first_where_there_are_some(tmp_path, capsys, monkeypatch):
+    assert main(["--stage", "small", "--run", str(tmp_path / "none")]) == 2 and "tiny" in capsys.readouterr().err
+    monkeypatch.setattr(train_module, "run_stage", lambda args, stage, *rest: ran.append(stage) or True)
+    for config, want in (("tiny", ["stills", "clips", "mixed"]), ("mini", ["small", "stills", "clips", "mixed"])):
+        ran = []
+        assert main(["--config", config, "--run", str(tmp_path / config)]) == 0 and ran == want
+
+
+def test_mini_learns_from_small_pictures_and_animates(tmp_path):
+    arguments = ["--config", "mini", "--stage", "small", "--bf16", "--run", str(tmp_path), "--clips", "1", "--steps", "1", "--batch", "1", "--samples", "0"]
+    assert main(arguments) == 0
+    weights, stamp = tmp_path / "weights", json.loads((tmp_path / "cache" / "small" / "made-of.json").read_text())
+    assert (stamp["height"], stamp["crop"], stamp["seed"]) == (96, 128, 1)
+    assert round(PortraitPipeline.from_pretrained(weights).settings.face_height) == 71  # as large as it has seen them
 
 
 def test_all_stages_in_one_command(tmp_path, capsys, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fantasy_nb.dit as dit_module
 from fantasy_nb.dit import DiT, DiTConfig, apply_rope, as_diffusers, attend, diffusers_class, fill_text, pad_text, rope_3d, weight_of_fill
 from fantasy_nb.regions import add_expression
 
@@ -166,6 +167,22 @@ def test_a_model_without_memories():
     dit = randomised(DiT(small(text_width=None, image_width=None)))
     x, t, *_ = inputs(dit.config)
     assert dit(x, t).shape == (2, 16, 3, 6, 4) and dit.memory_names == ()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_stored_weights_are_the_same_attention(masked, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 4, 16, generator=g).requires_grad_() for n in (40, 9, 9))
+    bias = torch.where(torch.rand(2, 1, 40, 9, generator=g) < 0.5, -torch.inf, torch.randn(2, 1, 40, 9, generator=g)).index_fill(3, torch.tensor([3]), 0.0) if masked else None
+    answers, library, calls = [], torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args: calls.append(1) or library(*args))
+    for limit in (0, 1 << 18):
+        monkeypatch.setattr(dit_module, "STORED_WEIGHTS", limit)
+        out = attend(q, k, v, bias)
+        answers.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    assert len(calls) == 1  # the second time the weights were stored
+    for fused, stored in zip(*answers):
+        torch.testing.assert_close(fused, stored, rtol=1e-5, atol=1e-5)
 
 
 def test_checkpointing_gives_the_same_gradients():
