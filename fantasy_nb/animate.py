@@ -49,7 +49,7 @@ class PipelineConfig:
     overlap: int = 1  # latent frames that neighbouring windows share
     steps: int = 1
     guidance: float = 1.0
-    draws: int = 3  # films from different noises, averaged: 1 = a sample, more = towards the mean of all samples
+    draws: int = 1  # films from different noises, averaged: 1 = a sample, more = towards the mean of all samples
     shift: float = 5.0
     prediction: str = "clean"
     crop: int = 64  # pixels of the encoder's crops

@@ -204,7 +204,7 @@ def test_command_writes_film_and_sheet(tmp_path, capfd):
         assert container.streams.video[0].codec_context.name == "h264" and container.streams.video[0].codec_context.pix_fmt == "yuv420p"
         assert "Generated" in container.metadata.get("comment", "")
     assert read_image(sheet).ndim == 3
-    assert "draws" in capfd.readouterr().err
+    assert "denoising" in capfd.readouterr().err
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "real"
@@ -345,7 +345,7 @@ def test_a_pipeline_is_a_diffusers_pipeline(pipeline, tmp_path, capfd):
     quiet.set_progress_bar_config(disable=True)
     expected = pipeline(ONE, DRIVERS[0], frames=4, show=False).frames
     capfd.readouterr()
-    assert np.array_equal(quiet(ONE, DRIVERS[0], frames=4).frames, expected) and "draws" not in capfd.readouterr().err
+    assert np.array_equal(quiet(ONE, DRIVERS[0], frames=4).frames, expected) and "denoising" not in capfd.readouterr().err
     moved = []
     for name, part in quiet.components.items():
         part.to = lambda place, name=name: moved.append((name, str(place)))
