@@ -581,6 +581,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fantasy_nb.vae.LinearCode': ('vae.html#linearcode', 'fantasy_nb/vae.py'),
                                 'fantasy_nb.vae.LinearCode.__init__': ('vae.html#linearcode.__init__', 'fantasy_nb/vae.py'),
                                 'fantasy_nb.vae.LinearCode.decode': ('vae.html#linearcode.decode', 'fantasy_nb/vae.py'),
+                                'fantasy_nb.vae.LinearCode.decode_still': ('vae.html#linearcode.decode_still', 'fantasy_nb/vae.py'),
                                 'fantasy_nb.vae.LinearCode.encode': ('vae.html#linearcode.encode', 'fantasy_nb/vae.py'),
                                 'fantasy_nb.vae.LinearCode.fit': ('vae.html#linearcode.fit', 'fantasy_nb/vae.py'),
                                 'fantasy_nb.vae.Posterior': ('vae.html#posterior', 'fantasy_nb/vae.py'),

@@ -586,7 +586,7 @@ PICTURES = {  # what is drawn, how it is encoded, how many scenes
     },
 }
 STAGES = {  # what to learn from, and how
-    "small": (("small",), TrainConfig(steps=4500, pure_noise=0.8)),
+    "small": (("small",), TrainConfig(steps=3250, decay=0.05, pure_noise=0.8)),
     "stills": (("stills",), TrainConfig(steps=22500, pure_noise=0.8)),
     "clips": (("clips",), TrainConfig(steps=2800, lr=1e-3, pure_noise=0.8, loss="pixels")),
     "mixed": (("stills", "clips"), TrainConfig(steps=10500, lr=1e-3, decay=0.5, pure_noise=0.8, loss="pixels")),
@@ -595,7 +595,7 @@ STAGES = {  # what to learn from, and how
 }
 ONE_AFTER_THE_OTHER = ("small", "stills", "clips", "mixed")  # what `fantasy-train` does if no stage is named; tiny has no small pictures and begins with stills
 
-# %% ../nbs/10_train.ipynb #cell-060
+# %% ../nbs/10_train.ipynb #cell-065
 class Watcher:
     "Pictures (and, where asked for, TensorBoard) of a run while it goes on."
 
@@ -667,7 +667,7 @@ class Watcher:
         if self.writer:
             self.writer.close()
 
-# %% ../nbs/10_train.ipynb #cell-063
+# %% ../nbs/10_train.ipynb #cell-068
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = OneLineParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic or curated clips; VAE and encoder weights must exist.")
@@ -697,7 +697,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="write the averaged weights and the parts they need here, for `fantasy-animate --weights` (default: RUN/weights)")
     return parser
 
-# %% ../nbs/10_train.ipynb #cell-064
+# %% ../nbs/10_train.ipynb #cell-069
 def main(arguments=None) -> int:
     "`fantasy-train`: encode clips, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -727,7 +727,7 @@ def start_processes(count: int, arguments: list[str], entry=main) -> int:
         said = error.get_first_failure()[1].message
         raise ValueError(f"a process stopped: {said['message'] if isinstance(said, dict) else said}") from None
 
-# %% ../nbs/10_train.ipynb #cell-066
+# %% ../nbs/10_train.ipynb #cell-071
 def fingerprint(module: nn.Module) -> str:
     "Of a network's weights: sixteen hexadecimal digits."
     digest = hashlib.sha256()
@@ -751,7 +751,7 @@ def stamp_cache(folder: Path, made_of: dict, write: bool = True) -> None:
         with atomic(path) as part:
             part.write_text(json.dumps(made_of, indent=2))
 
-# %% ../nbs/10_train.ipynb #cell-067
+# %% ../nbs/10_train.ipynb #cell-072
 def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoVAE, encoder: ExpressionEncoder, token: int, device, rank: int, world: int) -> list[Path]:
     "Draw and encode what is not there yet; the folders to learn from."
     folders, parts = [], {"vae": fingerprint(vae), "encoder": fingerprint(encoder)}

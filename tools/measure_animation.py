@@ -5,7 +5,7 @@ Parts (`--parts`, default all):
   following  r of drivers' true curves with what is measured in the films, own driver and others', pooled over all clips (each curve minus its mean in the clip); drivers swapped; true films for comparison
   steps      PSNR and seconds against solver steps, guidance, its interval, draws
   long       200 frames: background, identity (face shape and colour, against other people's) over time; as recommended, in windows, and naively chained
-  real       real drivers (../shared/real) on drawn portraits: r of what MediaPipe reads in the driver with what it reads in the film; contact sheets into --out
+  real       real drivers (../shared/real) on drawn portraits: r of what MediaPipe reads in the driver with what it reads in the film; films, and contact sheets that show the driver, into --out
   time       seconds, peak memory and the share spent outside of the DiT, 16 frames of one and of two people
 
 Scenes come from `SceneClips` under a seed that training does not use; features from drivers drawn and cropped as the tracker would; films as the weights recommend (pipeline.json)."""
@@ -274,7 +274,7 @@ def real(weights: Weights, folder: Path, out: Path | None) -> None:
         tracks = track_faces(film.frames, people)
         if out:
             write_image(out / f"{weights.name}-{Path(driver).stem}.png", film.sheet())
-            film.save(out / f"{weights.name}-{Path(driver).stem}.mp4", compare=True)
+            film.save(out / f"{weights.name}-{Path(driver).stem}.mp4", height=256)
         for k, (track, source) in enumerate(zip(tracks, film.tracks), 1):
             said, meant = measure_expression(track), measure_expression(source)
             print(f"{weights.name}: {driver} drives person {k} of {portrait}, {len(film.frames)} frames: " + ", ".join(f"{name} {np.corrcoef(meant[name], said[name])[0, 1]:.2f}" for name in ("yaw", "pitch", "roll", "mouth_open", "smile", "blink")), flush=True)
