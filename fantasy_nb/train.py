@@ -836,9 +836,9 @@ def run_training(args: argparse.Namespace) -> int:
     alone = [f"--{name}" for name in ("clips", "steps", "lr", "loss", "learn-base") if getattr(args, name.replace("-", "_")) is not None]
     if alone:
         raise ValueError(f"{' and '.join(alone)} belong to one stage: say which with --stage {', --stage '.join(STAGES)}")
-    init = args.init
-    for stage in ONE_AFTER_THE_OTHER["small" not in PICTURES[args.config] :]:
-        last = stage == ONE_AFTER_THE_OTHER[-1]
+    init, stages = args.init, [stage for stage in ONE_AFTER_THE_OTHER if set(STAGES[stage][0]) <= set(PICTURES[args.config])]
+    for stage in stages:
+        last = stage == stages[-1]
         if not run_stage(args, stage, run / stage, init, weights if last else run / stage / "weights"):
             print(f"stopped within {stage}; go on with --resume --run {run}")
             break
