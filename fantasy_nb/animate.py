@@ -310,7 +310,7 @@ class StoredPipeline:
 
     @classmethod
     def from_pretrained(cls, name="tiny", device="cpu") -> "PortraitPipeline":
-        "Weights shipped under a name (`tiny`), or a folder written by `save_pretrained`. Raises FileNotFoundError naming what is missing."
+        "Weights shipped under a name (`tiny`, `mini`), or a folder written by `save_pretrained`. Raises FileNotFoundError naming what is missing."
         folder = Path(name) if Path(name).is_dir() else data_samples("weights", str(name))
         missing = [part for part in ("vae", "encoder", "dit", "tokens") if not (folder / part).is_dir()]
         if missing:
@@ -501,7 +501,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--out", required=True, metavar="OUT.mp4", help="file to write (H.264)")
     parser.add_argument("--assign", type=int, nargs="+", metavar="N", help="person (1 = leftmost) that each driver moves, e.g. --assign 2 1")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="the people in the portrait, from left to right; then --drive NAME=VIDEO moves who is meant")
-    parser.add_argument("--weights", default="tiny", help="tiny, or a folder of weights (default: tiny)")
+    parser.add_argument("--weights", default="tiny", help="tiny, mini (larger faces, still learning), or a folder of weights (default: tiny)")
     parser.add_argument("--frames", type=int, help="length of the film (default: the shortest driver's)")
     parser.add_argument("--steps", type=int, help="solver steps (default: what the weights recommend)")
     parser.add_argument("--guidance", type=float, help="expression guidance, 1 = none (default: what the weights recommend)")
