@@ -1,4 +1,7 @@
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -362,3 +365,15 @@ def test_frames_without_a_driver_face_are_held_and_reported(pipeline, tmp_path, 
     assert main([ONE, "--drive", str(tmp_path / "blinks.mp4"), "-o", str(tmp_path / "out.mp4"), "--quiet"]) == 0
     assert "held: [3] of 12" in capfd.readouterr().err
     assert len(read_video(tmp_path / "out.mp4")[0]) == 12
+
+
+def test_the_measuring_tool_finds_films_between_floor_and_ceiling():
+    "And prints who follows whom: one clip of two people, drivers swapped as well."
+    tool = Path(__file__).parents[1] / "tools" / "measure_animation.py"
+    run = subprocess.run([sys.executable, tool, "--weights", "tiny", "--clips", "0", "1", "0", "--frames", "17", "--parts", "pictures", "following"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    still, film, best = (float(x) for x in re.search(r"portrait held ([\d.]+), film ([\d.]+), VAE ([\d.]+) dB", run.stdout).groups())
+    assert still + 1 < film < best - 1
+    mouth = next(line.split() for line in run.stdout.splitlines() if line.split()[:2] == ["encoder", "mouth_open"])
+    own, _, other, _, _, swapped = map(float, mouth[2:])
+    assert own > 0.5 and own > other + 0.3 and swapped > 0.3  # with the drivers swapped the new one is followed
