@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	  && $(BIN)/python -c "import urllib.request as u; u.urlopen('$(CPU_WHEELS)/torch/', timeout=8)" 2>/dev/null; \
 	then index="--extra-index-url $(CPU_WHEELS)"; fi; \
 	set -x; $(BIN)/pip install --quiet $$index "$$(grep '^torch==' constraints.txt)" 'setuptools>=77'
-	$(BIN)/pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[dev,docs,scale]'
+	$(BIN)/pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[dev,docs,scale,wan]'
 	@touch $@
 
 install: $(READY) ## make .venv and install everything into it

@@ -35,6 +35,8 @@ def stage(path: Path) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
+            if cell.metadata.get("jupyter", {}).get("source_hidden"):  # folded in JupyterLab: folded here
+                cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
         else:
             cell.source = UP.sub(bring, cell.source)
     if path.stem == "index":

@@ -17,6 +17,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Callable
 
@@ -424,6 +425,11 @@ def find_cast(portrait, drivers, frames: int | None, assign: list[int] | None, n
 class PortraitPipeline(StoredPipeline):
     "Portrait and drivers -> film."
 
+    @classmethod
+    def from_wan(cls, folder, adapter, encoder=None, **options) -> "PortraitPipeline":
+        "Wan2.1-I2V-14B in `folder`, the release's adapter, and its encoder (None: pd_fpg.pth beside the adapter): `wan_pipeline` of chapter 13, the one place where this book points onward; options are its."
+        return import_module("fantasy_nb.pretrained").wan_pipeline(folder, adapter, encoder, **options)
+
     @torch.no_grad()
     def features(self, pictures: np.ndarray, track: FaceTrack) -> Tensor:  # (f 554)
         "What a tracked face expresses."
@@ -502,6 +508,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--assign", type=int, nargs="+", metavar="N", help="person (1 = leftmost) that each driver moves, e.g. --assign 2 1")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="the people in the portrait, from left to right; then --drive NAME=VIDEO moves who is meant")
     parser.add_argument("--weights", default="tiny", help="tiny, mini (larger faces, still learning), or a folder of weights (default: tiny)")
+    parser.add_argument("--adapter", metavar="FILE", help="FantasyPortrait's fantasyportrait_model.ckpt: --weights is then a folder with Wan2.1-I2V-14B (chapter 13)")
+    parser.add_argument("--encoder", metavar="FILE", help="with --adapter: the release's pd_fpg.pth (default: beside the adapter)")
+    parser.add_argument("--size", choices=["480p", "720p"], default="480p", help="with --adapter: pixels of the film (default: 480p)")
+    parser.add_argument("--memory", choices=["gpu", "parts", "float8", "groups", "sequential"], default="gpu", help="with --adapter: how to hold the weights, from quick to frugal (default: gpu)")
     parser.add_argument("--frames", type=int, help="length of the film (default: the shortest driver's)")
     parser.add_argument("--steps", type=int, help="solver steps (default: what the weights recommend)")
     parser.add_argument("--guidance", type=float, help="expression guidance, 1 = none (default: what the weights recommend)")
@@ -564,8 +574,11 @@ def run_animation(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("want --device cpu: there is no CUDA device here")
-    pipeline = PortraitPipeline.from_pretrained(args.weights)
-    pipeline.enable_model_cpu_offload(device=args.device) if args.offload else pipeline.to(args.device)
+    if args.adapter:
+        pipeline = PortraitPipeline.from_wan(args.weights, args.adapter, args.encoder, device=args.device, size=args.size, memory=args.memory, show=not args.quiet)
+    else:
+        pipeline = PortraitPipeline.from_pretrained(args.weights)
+        pipeline.enable_model_cpu_offload(device=args.device) if args.offload else pipeline.to(args.device)
     options = ("frames", "steps", "guidance", "seed", "assign", "draws", "solver", "interval", "window", "mouth", "emotion", "overall", "names")
     film = pipeline(args.portrait, drivers, show=not args.quiet, **{name: getattr(args, name) for name in options})
     if any(film.held):

@@ -535,10 +535,10 @@ class DiT(ListeningDiT):
 @cache
 def diffusers_class(add_expression: Callable | None = None) -> type[DiT]:  # chapter 07's, for models with an expression memory
     "DiT as a ModelMixin and ConfigMixin: shards, offloading and layerwise casting are diffusers' own. Imports diffusers."
-    from diffusers import ConfigMixin, ModelMixin
+    from diffusers import CacheMixin, ConfigMixin, ModelMixin
     from diffusers.configuration_utils import register_to_config
 
-    class DiffusersDiT(ModelMixin, DiT, ConfigMixin):
+    class DiffusersDiT(ModelMixin, DiT, ConfigMixin, CacheMixin):
         _supports_gradient_checkpointing, _no_split_modules, _repeated_blocks = True, ["Block"], ["Block"]
         _skip_layerwise_casting_patterns = ["patchify", "embedding", "time_projection", "norm"]  # small, and all depends on them
         config = property(lambda self: self._internal_dict, lambda self, dimensions: None)  # diffusers keeps it, with the same names

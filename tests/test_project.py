@@ -72,8 +72,8 @@ def test_environment_yml_installs_what_pyproject_says():
     conda, (pip,) = environment["dependencies"][:-1], environment["dependencies"][-1].values()
     assert f"python{PROJECT['project']['requires-python']}" in conda
     assert [d for d in conda if not d.startswith(("python", "pip"))] == []  # no second place for pins
-    assert pip == ["--constraint constraints.txt", "--editable .[dev,docs,scale]"]
-    assert set("dev,docs,scale".split(",")) <= PROJECT["project"]["optional-dependencies"].keys()
+    assert pip == ["--constraint constraints.txt", "--editable .[dev,docs,scale,wan]"]
+    assert set("dev,docs,scale,wan".split(",")) <= PROJECT["project"]["optional-dependencies"].keys()
 
 
 def test_constraints_agree_with_pyproject_and_with_what_is_installed():
