@@ -103,6 +103,10 @@ def apply_rope(
     rope: Tensor,  # (n, d/2, 2) from `rope_3d`
 ) -> Tensor:  # (b n k d), dtype of x
     "Turn each neighbouring pair of channels by its token's angle, in float32."
+    if torch.compiler.is_compiling():  # the compiler fuses real numbers, not complex ones
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cosine, sine = rope[:, None].unbind(-1)
+        return torch.stack([a * cosine - b * sine, a * sine + b * cosine], -1).flatten(-2).type_as(x)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     turned = pairs * torch.view_as_complex(rope)[:, None]
     return torch.view_as_real(turned).flatten(-2).type_as(x)

@@ -516,7 +516,7 @@ def load_release_encoder(path: str | Path, device="cpu", ignore: str = "$^") -> 
     ours = dict(zip(encoder.release_state_dict(), encoder.state_dict()))
     return load_into(encoder, {ours.get(name, name): place for name, place in where.items()}, device, kept="$^").to(device)
 
-# %% ../nbs/13_pretrained.ipynb #cell-043
+# %% ../nbs/13_pretrained.ipynb #cell-045
 def save_pickle(tensors: Mapping, path: Path) -> None:
     "A dictionary of tensors, as .pth files hold it."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -546,7 +546,7 @@ def inverted(names: tuple, stored: str) -> str:
             return plain.format(*match.groups()) + stored[match.end() :]
     return stored
 
-# %% ../nbs/13_pretrained.ipynb #cell-044
+# %% ../nbs/13_pretrained.ipynb #cell-046
 def toy_networks(seed: int = 0, layers: int = 2) -> dict[str, nn.Module]:
     "Wan's four networks and the release's two, a few thousandths of their size, with random numbers. Imports transformers."
     from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
@@ -578,7 +578,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
 
-# %% ../nbs/13_pretrained.ipynb #cell-045
+# %% ../nbs/13_pretrained.ipynb #cell-047
 def write_original(folder: Path, networks: dict) -> None:
     "Wan's own layout."
     dit, c = networks["dit"], networks["dit"].config
@@ -634,7 +634,7 @@ def write_toy_wan(folder: str | Path, layout: str = "original", seed: int = 0, l
     save_pickle(networks["encoder"].release_state_dict(), folder / "pd_fpg.pth")
     return folder
 
-# %% ../nbs/13_pretrained.ipynb #cell-051
+# %% ../nbs/13_pretrained.ipynb #cell-053
 @torch.no_grad()
 def read_prompt(text_encoder: nn.Module, tokenizer: Callable, prompt: str = "", most: int = 512) -> Tensor:  # (1 n d), n <= most
     "umT5's tokens of a prompt; HTML entities and runs of blanks are cleaned as Wan does."
@@ -642,7 +642,7 @@ def read_prompt(text_encoder: nn.Module, tokenizer: Callable, prompt: str = "", 
     ids = tokenizer(clean, return_tensors="pt", truncation=True, max_length=most).input_ids.to(next(text_encoder.parameters()).device)
     return text_encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
-# %% ../nbs/13_pretrained.ipynb #cell-054
+# %% ../nbs/13_pretrained.ipynb #cell-056
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -655,7 +655,7 @@ def see_picture(image_encoder: nn.Module, picture: np.ndarray) -> Tensor:  # uin
     mean, std = (torch.tensor(z, device=x.device).view(3, 1, 1) for z in (CLIP_MEAN, CLIP_STD))
     return image_encoder(((x - mean) / std).to(like.dtype), output_hidden_states=True).hidden_states[-2]
 
-# %% ../nbs/13_pretrained.ipynb #cell-056
+# %% ../nbs/13_pretrained.ipynb #cell-058
 @torch.no_grad()
 def grey_film(vae: VideoVAE, picture: np.ndarray, frames: int) -> Tensor:  # uint8 (h w 3), latent frames t -> (1 4+c t h/8 w/8)
     "Wan's image condition: four mask channels (1 where a frame is given), and the latents of the picture followed by grey, encoded piece by piece."
@@ -667,7 +667,7 @@ def grey_film(vae: VideoVAE, picture: np.ndarray, frames: int) -> Tensor:  # uin
     mask[:, :, 0] = 1
     return torch.cat([mask, latents], 1)
 
-# %% ../nbs/13_pretrained.ipynb #cell-059
+# %% ../nbs/13_pretrained.ipynb #cell-061
 REGIONS = ("trained", "isolated", "release")
 
 
@@ -684,7 +684,7 @@ def people_mask(owners: Tensor, people: int, tokens: int, keep: Tensor, regions:
     background = (owners == 0)[..., None] & keep.repeat(1, people)[:, None]
     return (mask | background if regions == "trained" else mask)[None]
 
-# %% ../nbs/13_pretrained.ipynb #cell-062
+# %% ../nbs/13_pretrained.ipynb #cell-064
 class WanAnimator(nn.Module):
     "Wan's DiT with the release's expression memory: who hears what, and the velocity of a film of any length."
 
@@ -726,7 +726,7 @@ class WanAnimator(nn.Module):
 
         return velocity
 
-# %% ../nbs/13_pretrained.ipynb #cell-064
+# %% ../nbs/13_pretrained.ipynb #cell-066
 SIZES = {"480p": 480 * 832, "720p": 720 * 1280}
 
 
@@ -811,7 +811,7 @@ class WanPipeline(PortraitPipeline):
             guided_velocity = guided(lambda x, t: velocity(x, t, 0.0), velocity, how.guidance, how.interval)
             return SOLVERS[how.solver](guided_velocity, noise, time_grid(how.steps, how.shift), lambda *_: bar.update())
 
-# %% ../nbs/13_pretrained.ipynb #cell-065
+# %% ../nbs/13_pretrained.ipynb #cell-067
 def wan_pipeline(
     folder: str | Path,  # Wan2.1-I2V-14B-480P or -720P, in Wan's own layout or diffusers'
     adapter: str | Path,  # fantasyportrait_model.ckpt, or .safetensors
@@ -822,6 +822,7 @@ def wan_pipeline(
     regions: str = "trained",  # or "isolated", "release"
     memory: str = "gpu",  # or "parts", "float8", "groups", "sequential": `use_memory`
     prompt: str = "",
+    compiled: bool = False,  # torch.compile the DiT's blocks: minutes once, then quicker
     reuse: float = 0.0,  # skip a network's later blocks while the first one's change stays below this share; 0 = never (`first_block_cache`)
     show: bool = True,
 ) -> WanPipeline:
@@ -833,10 +834,12 @@ def wan_pipeline(
     wan = load_wan(folder, first, dtype, show)
     settings = PipelineConfig(most_pixels=SIZES[size], window=20, overlap=4, steps=30, guidance=4.0, prediction="velocity", crop=listener.config.image_size, keep_roll=listener.config.keep_roll)
     animator = WanAnimator(released.attach(wan.dit), released.tokens, regions)
+    for block in wan.dit.blocks if compiled else ():
+        block.compile()
     pipeline = WanPipeline(wan.vae, listener, animator.to(first), wan.text_encoder, wan.image_encoder, wan.tokenizer, settings, prompt, reuse)
     return use_memory(pipeline, memory, device)
 
-# %% ../nbs/13_pretrained.ipynb #cell-071
+# %% ../nbs/13_pretrained.ipynb #cell-073
 MEMORY = {
     "gpu": "everything on the GPU, all the time",
     "parts": "one network on the GPU at a time, the others in ordinary memory",
@@ -867,7 +870,7 @@ def use_memory(pipeline: WanPipeline, mode: str, device="cpu") -> WanPipeline:
         pipeline.streamed = True
     return pipeline
 
-# %% ../nbs/13_pretrained.ipynb #cell-073
+# %% ../nbs/13_pretrained.ipynb #cell-075
 class Sizes(NamedTuple):
     "Bytes that a film takes."
 
@@ -906,7 +909,7 @@ def predicted_peak(sizes: Sizes, mode: str) -> float:
     held = {"gpu": sizes.dit + sum(sizes.others.values()), "parts": sizes.dit, "float8": sizes.dit / 2, "groups": 3 * sizes.layer, "sequential": 2 * sizes.layer}
     return (held[mode] + sizes.memories + sizes.activations) / 1e9
 
-# %% ../nbs/13_pretrained.ipynb #cell-074
+# %% ../nbs/13_pretrained.ipynb #cell-076
 def peak_of_forward(dit: DiT, grid: tuple[int, int, int], **heard) -> int:  # bytes
     "Allocations of one forward at their highest, beyond weights and inputs, counted by PyTorch's profiler on the CPU."
     from torch.profiler import ProfilerActivity, profile
@@ -921,7 +924,7 @@ def peak_of_forward(dit: DiT, grid: tuple[int, int, int], **heard) -> int:  # by
         peak = max(peak, now)
     return peak
 
-# %% ../nbs/13_pretrained.ipynb #cell-079
+# %% ../nbs/13_pretrained.ipynb #cell-081
 def dit_flops(config: DiTConfig, grid: tuple[int, int, int], text: int = 2, image: int = 257, expression: int = 0) -> dict[str, int]:  # expression: tokens that a latent frame's tokens hear
     "Floating-point operations of one forward with prepared memories: twice the multiplications in every matrix product."
     n, d, layers = math.prod(grid), config.width, config.layers
@@ -935,7 +938,7 @@ def dit_flops(config: DiTConfig, grid: tuple[int, int, int], text: int = 2, imag
         "in, out and time": 2 * n * d * patch * (config.in_channels + config.out_channels) + 2 * d * (config.frequencies + d + 6 * d),
     }
 
-# %% ../nbs/13_pretrained.ipynb #cell-083
+# %% ../nbs/13_pretrained.ipynb #cell-085
 @cache
 def introduce_blocks() -> None:
     "Tell diffusers' caches what our block's arguments mean. Imports diffusers."

@@ -414,3 +414,10 @@ def test_a_folder_of_wan_itself_is_refused_in_one_line(tmp_path):
     path.write_text(path.read_text().replace('"width"', '"attention_head_dim"'))
     with pytest.raises(ValueError, match="not saved by a DiT of ours: its config has attention_head_dim"):
         DiT.from_pretrained(tmp_path)
+
+
+def test_rope_is_the_same_where_it_is_compiled():
+    x, rope = torch.randn(2, 24, 3, 12), rope_3d((2, 3, 4), 12)
+    compiled = torch.compile(apply_rope, backend="eager", fullgraph=True)  # traced as the compiler would, run without it
+    torch.testing.assert_close(compiled(x, rope), apply_rope(x, rope))
+    assert compiled(x.bfloat16(), rope).dtype == torch.bfloat16

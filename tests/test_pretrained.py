@@ -525,3 +525,18 @@ def test_the_full_size_by_formula():
     assert abs(sizes.dit / 1e9 - 34.5) < 0.2 and abs(sizes.others["text encoder"] / 1e9 - 11.4) < 0.2
     peaks = [predicted_peak(sizes, mode) for mode in ("gpu", "parts", "float8", "groups")]
     assert peaks == sorted(peaks, reverse=True)
+
+
+def test_the_bench_runs_and_refuses_what_differs(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    import bench_wan
+
+    monkeypatch.setitem(bench_wan.SIZES, "small", (DiTConfig(width=128, ffn=256, heads=1, layers=2, text_width=16, image_width=16), (2, 2, 3), 8))
+    monkeypatch.setattr(sys, "argv", ["bench_wan", "--repeats", "1", "--memory", "--out", str(tmp_path / "x.json")])
+    bench_wan.main()
+    said = json.loads((tmp_path / "x.json").read_text())
+    assert [row["what"] for row in said["forwards"]] == ["the released loop", "diffusers, without expression", "ours"] and len(said["memory"]) == 4
+    assert all(row["share"] > 0 for row in said["forwards"]) and "| ours |" in capsys.readouterr().out
+    monkeypatch.setattr(bench_wan, "double_rope", lambda x, rope: x)  # another network: its answer must not pass
+    with pytest.raises(ValueError, match="the released loop answers otherwise"):
+        bench_wan.main()
