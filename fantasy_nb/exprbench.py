@@ -344,7 +344,7 @@ def make_methods(names: Iterable[str], weights: dict[str, str]) -> dict[str, Cal
         made[name] = studio.film if name not in BOUNDS else studio.reconstruction if name == "vae" else lambda case: np.repeat(case.film[:1], len(case.film) - 1, 0)
     return made
 
-# %% ../nbs/12_exprbench.ipynb #cell-027
+# %% ../nbs/12_exprbench.ipynb #cell-029
 METRICS = {"psnr": "dB in the face", "ssim": "", "perceptual": "", "lmd": "1e-3 face", "aed": "1e-2", "aed_ruler": "1e-2", "apd": "1e-3 rad", "gaze": "degrees", "identity": "1e-3", "colour": "grey levels", "leakage": "share", "lost": "share"}
 KEY = ("method", "case", "person")
 
@@ -392,7 +392,7 @@ def evaluate(
             bar.update(len(methods))
     return rows
 
-# %% ../nbs/12_exprbench.ipynb #cell-028
+# %% ../nbs/12_exprbench.ipynb #cell-030
 def mean_and_interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     "Mean and the 95 % interval of 2,000 bootstrap draws over films (percentiles; Efron 1979)."
     values = np.asarray(values, float)
@@ -436,7 +436,7 @@ def as_markdown(table: list[dict]) -> str:
         lines.append(f"| {people} | {method} | " + " | ".join(shown(cells.get(m)) for m in metrics) + " |")
     return "\n".join(lines)
 
-# %% ../nbs/12_exprbench.ipynb #cell-029
+# %% ../nbs/12_exprbench.ipynb #cell-031
 def plot_results(table: list[dict], metrics: Iterable[str] = ("psnr", "aed_ruler", "apd", "leakage"), path: str | Path | None = None) -> None:
     "A panel for each metric, a group of bars for each number of people, intervals as lines. Imports matplotlib."
     import matplotlib.pyplot as plt
@@ -459,7 +459,7 @@ def plot_results(table: list[dict], metrics: Iterable[str] = ("psnr", "aed_ruler
     else:
         plt.show()
 
-# %% ../nbs/12_exprbench.ipynb #cell-031
+# %% ../nbs/12_exprbench.ipynb #cell-033
 def read_rows(path: Path) -> list[dict]:
     "Rows of a CSV file that `fantasy-bench` wrote; numbers as numbers."
     if not path.is_file():
@@ -518,7 +518,7 @@ def write_results(rows: list[dict], folder: Path) -> str:
     plot_results(table, path=folder / "plot.png")
     return text
 
-# %% ../nbs/12_exprbench.ipynb #cell-032
+# %% ../nbs/12_exprbench.ipynb #cell-034
 def real_rows(pipeline: PortraitPipeline, folder: Path, frames: int, done: set = frozenset(), keep: Callable = lambda rows: None, show: bool = True) -> list[dict]:
     "Every portrait by every driver of a folder: AED, APD and gaze against the driver, shape and colour against the portrait. Raises FileNotFoundError where one kind is missing."
     portraits, drivers = (sorted(p for p in (folder / kind).glob("*") if p.is_file()) for kind in ("portraits", "drivers"))
