@@ -205,7 +205,8 @@ def test_rules_order_as_the_masks_say():
     assert leaks["full"] < 0.1 < leaks["release"] < leaks["no-mask"]
     assert leaks["full"] < leaks["eq4"] < leaks["release"]
     two = Benchmark.multi(clips=1).case(2, 0, 0)
-    assert np.array_equal(Studio("tiny", "full").film(two), Studio("tiny", "release").film(two)) or np.abs(Studio("tiny", "full").film(two)[two.face(0)].astype(int) - Studio("tiny", "release").film(two)[two.face(0)]).mean() < 3
+    right, theirs = (Studio("tiny", rule).film(two) for rule in ("full", "release"))
+    assert all(np.array_equal(right[two.face(k)], theirs[two.face(k)]) for k in (0, 1))  # for two people theirs is right
     with pytest.raises(ValueError, match="want a rule out of full"):
         Studio("tiny", "mask")
 

@@ -8,7 +8,6 @@ median over repeats; on a machine that does other things too, read the ratio of 
 import argparse
 import itertools
 import os
-import re
 import statistics
 import sys
 import time
@@ -19,34 +18,11 @@ from tqdm import tqdm
 
 from fantasy_nb.dit import DiT, DiTConfig, pad_text
 from fantasy_nb.flow import euler, guide, time_grid
+from fantasy_nb.pretrained import diffusers_name
 
 CONFIG = DiTConfig(width=256, ffn=1024, heads=4, layers=8)  # 13 M parameters; image to video, text and picture as wide as Wan's
 GUIDANCE, PROMPT, PICTURE = 5.0, 60, 257  # scale; tokens of the prompt and of the picture
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative difference of the two films, at most
-
-DIFFUSERS = (  # released names -> diffusers', tried in this order
-    (r"^(text|time)_embedding\.(\d)", lambda m: f"condition_embedder.{m[1]}_embedder.linear_{int(m[2]) // 2 + 1}"),
-    (r"^time_projection\.1", "condition_embedder.time_proj"),
-    (r"^img_emb\.proj\.(\d)", lambda m: "condition_embedder.image_embedder." + dict(zip("0134", ("norm1", "ff.net.0.proj", "ff.net.2", "norm2")))[m[1]]),
-    (r"^head\.(head|modulation)", lambda m: {"head": "proj_out", "modulation": "scale_shift_table"}[m[1]]),
-    (r"\.modulation$", ".scale_shift_table"),
-    (r"self_attn", "attn1"),
-    (r"cross_attn", "attn2"),
-    (r"\.norm3\.", ".norm2."),
-    (r"\.ffn\.0\.", ".ffn.net.0.proj."),
-    (r"\.ffn\.2\.", ".ffn.net.2."),
-    (r"\.norm_k_img\.", ".norm_added_k."),
-    (r"\.([kv])_img\.", r".add_\1_proj."),
-    (r"\.([qkv])\.", r".to_\1."),
-    (r"\.o\.", ".to_out.0."),
-)
-
-
-def diffusers_name(name):
-    "A released name -> diffusers' name of the same parameter."
-    for released, theirs in DIFFUSERS:
-        name = re.sub(released, theirs, name)
-    return name
 
 
 def diffusers_twin(dit):

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from fantasy_nb.animate import PortraitPipeline, decode_film, denoise, to_pixels
 from fantasy_nb.core import data_samples, default_device, write_image
 from fantasy_nb.data import ClipConfig, SceneClips, zoom_in
+from fantasy_nb.exprbench import MOVING
 from fantasy_nb.expression import Features, fit_ruler
 from fantasy_nb.faces import Expression, Identity, Scene, random_motion, render_crops, render_scene
 from fantasy_nb.tracking import align_crop, head_pose, measure_expression, track_faces
@@ -34,7 +35,6 @@ from fantasy_nb.train import owners_from_portrait
 
 SEED = 424_242  # of scenes; training uses 0 and 1, its sample sheets 999
 FACTORS = {"yaw": "head", "pitch": "head", "roll": "head", "mouth_open": "mouth", "smile": "mouth", "blink": "eyes", "gaze_x": "eyes"}
-MOVING = {0, 11, 12, 13, 14, 17, 37, 267, 61, 291, 78, 308, 82, 312, 87, 317, 95, 324, 146, 375, 159, 145, 386, 374, 105, 334}  # some of the landmarks that an expression moves: not used for identity
 
 
 def curve_of(motion: Expression, name: str) -> np.ndarray:
