@@ -1,0 +1,45 @@
+"""Train chapter 12's ablations: `python tools/ablate.py [--out runs/ablate] [--seeds 0 1 2] [--steps 500]` writes OUT/NAME-SEED, goes on where it was stopped, and says how to judge them.
+
+All start from one base, whose expression memory and tokens begin anew; everything else is frozen. The scenes are drawn and encoded once (OUT/cache: MediaPipe finds the drivers' landmarks there, too)."""
+
+import argparse
+import csv
+from pathlib import Path
+
+import torch
+
+from fantasy_nb.core import data_samples
+from fantasy_nb.data import SceneClips
+from fantasy_nb.exprbench import ABLATIONS, encode_both, train_ablation
+from fantasy_nb.expression import ExpressionEncoder
+from fantasy_nb.train import PICTURES, encode_clips
+from fantasy_nb.vae import VideoVAE
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=data_samples("weights", "tiny"), help="weights of size tiny to start from (default: the shipped ones)")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
+    parser.add_argument("--names", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--scenes", type=int, default=2000, help="to draw, each used in a mirror as well (default: 2000)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    vae, encoder = VideoVAE.from_pretrained(args.base / "vae").eval(), ExpressionEncoder.from_pretrained(args.base / "encoder").eval()
+    encode_clips(SceneClips(PICTURES["tiny"]["stills"][0]), args.scenes, args.out / "cache", vae, encoder, encode_both)
+    for seed in args.seeds:
+        for name in args.names:
+            out = args.out / f"{name}-{seed}"
+            if not (out / "pipeline.json").is_file():
+                train_ablation(args.base, args.out / "cache", ABLATIONS[name], out, seed, args.steps)
+            last = [float(row["loss"]) for row in csv.DictReader(open(out / "log.csv"))][-50:]
+            print(f"{name}, seed {seed}: loss of the last 50 steps {sum(last) / len(last):.4f}, weights in {out}", flush=True)
+    weights = " ".join(f"{name}={args.out}/{name}-{{seed}}" for name in args.names)
+    print(f"fantasy-bench --clips 10 --methods {','.join(args.names)},still,vae --weights {weights}")
+
+
+if __name__ == "__main__":
+    main()
