@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['UNSEEN', 'GAZE_DEGREES', 'EXPRESSION_MEASURES', 'MOVING', 'CALM', 'RULED', 'RULES', 'BOUNDS', 'MARKS', 'METRICS',
            'ABLATIONS', 'Case', 'Benchmark', 'drawn', 'picture_errors', 'EncoderFeatures', 'perceptual_distance',
-           'frechet_distance', 'face_shape', 'skin_colour', 'face_errors', 'larger', 'Ruler', 'ruler_error', 'leakage',
-           'unchanged', 'another_driver', 'heard', 'multiplied', 'obeying', 'landmarks_of', 'landmark_features',
-           'read_scale', 'Studio', 'as_video', 'make_methods', 'of_seed', 'judge', 'evaluate', 'mean_and_interval',
-           'by_film', 'results_table', 'as_markdown', 'plot_results', 'read_rows', 'append_rows', 'build_parser',
-           'settle', 'write_results', 'real_rows', 'run_bench', 'main', 'Ablation', 'encode_both', 'new_adapter',
-           'lessons', 'train_ablation']
+           'frechet_distance', 'face_shape', 'skin_colour', 'face_errors', 'larger', 'Ruler', 'ruler_error',
+           'following', 'leakage', 'unchanged', 'another_driver', 'another_actor', 'heard', 'multiplied', 'obeying',
+           'landmarks_of', 'landmark_features', 'read_scale', 'Studio', 'as_video', 'make_methods', 'of_seed', 'judge',
+           'interventions', 'evaluate', 'mean_and_interval', 'by_film', 'results_table', 'as_markdown', 'plot_results',
+           'read_rows', 'append_rows', 'build_parser', 'settle', 'write_results', 'real_rows', 'run_bench', 'main',
+           'Ablation', 'encode_both', 'new_adapter', 'lessons', 'train_ablation']
 
 # %% ../nbs/12_exprbench.ipynb #cell-004
 import argparse
@@ -236,6 +236,14 @@ def ruler_error(ruler: Ruler, film: np.ndarray, track: FaceTrack, other: np.ndar
     a, b = ruler(film, track), ruler(other, reference)
     return 100 * torch.stack([(a[name] - b[name]).abs().mean() for name in RULED]).mean().item()
 
+
+def following(read: dict[str, Tensor], motion: Expression, least: float = 0.03) -> float | None:
+    "Correlation over time of what a ruler reads with the true factors, mean over the factors that vary by `least` or more; None where none does."
+    true = {name: getattr(motion, name) for name in RULED}
+    moving = [name for name, x in true.items() if x.std() >= least]
+    r = [torch.corrcoef(torch.stack([read[name].float(), true[name].float()]))[0, 1].nan_to_num() for name in moving]
+    return torch.stack(r).mean().item() if r else None
+
 # %% ../nbs/12_exprbench.ipynb #cell-021
 def leakage(film: np.ndarray, changed: np.ndarray, own: tuple, others: list[tuple], untouched: np.ndarray | None = None) -> float:
     "How much the other faces change when only one person's driver does, as a share of that person's own change (mean over the others; 0 where nothing changes at all). Two films (f h w 3), where the faces are, and where the true film does not change (f h w): a neighbour's hair may reach into a face's box."
@@ -259,6 +267,13 @@ def another_driver(case: Case, j: int) -> Case:
     crops[j] = crops[j][order]
     film, boxes = drawn(case.scene, motions, case.film.shape[1:3])
     return replace(case, motions=motions, crops=crops, film=film, boxes=boxes)
+
+
+def another_actor(case: Case, j: int) -> Case:
+    "The same case, where somebody else performs person j's motion for them. The true film stays."
+    crops = case.crops.clone()
+    crops[j] = jittered_crops(case.motions[j], crops.shape[-1], 1_000_000_007 + 8 * case.seed + j)
+    return replace(case, crops=crops)
 
 # %% ../nbs/12_exprbench.ipynb #cell-024
 RULES = {"full": "own character", "no-mask": "all characters", "eq4": "own, and the others with weight exp(0)", "release": "the release's mask"}
@@ -407,11 +422,11 @@ def of_seed(folder: str, rule: str) -> Callable:
     return lambda case: studio(case.seed).film(case)
 
 # %% ../nbs/12_exprbench.ipynb #cell-029
-METRICS = {"psnr": "dB in the face", "ssim": "", "perceptual": "", "lmd": "1e-3 face", "aed": "1e-2", "aed_ruler": "1e-2", "apd": "1e-3 rad", "gaze": "degrees", "identity": "1e-3", "colour": "grey levels", "leakage": "share", "lost": "share"}
+METRICS = {"psnr": "dB in the face", "ssim": "", "perceptual": "", "lmd": "1e-3 face", "aed": "1e-2", "aed_ruler": "1e-2", "apd": "1e-3 rad", "gaze": "degrees", "identity": "1e-3", "colour": "grey levels", "leakage": "share", "actor": "share", "follow": "r", "lost": "share"}
 
 
 def judge(film: np.ndarray, case: Case, features: Callable | None, ruler: Ruler | None = None, reference: list[FaceTrack] | None = None) -> list[dict]:
-    "A row for every person: picture errors in the face, and what the tracker says against what it says of the truth."
+    "A row for every person: picture errors in the face, what the tracker says against what it says of the truth, what the ruler says."
     truth, rows = case.film[1:], []
     reference = track_faces(larger(truth), case.people) if reference is None else reference
     tracks = track_faces(larger(film), case.people)
@@ -421,8 +436,19 @@ def judge(film: np.ndarray, case: Case, features: Callable | None, ruler: Ruler 
         found = len(tracks) == len(reference) == case.people
         pair = (larger(film), tracks[k], larger(truth), reference[k]) if found else ()
         row |= {"lost": float(len(tracks) < case.people)} | (face_errors(*pair) if found else {})
-        rows.append(row | ({"aed_ruler": ruler_error(ruler, *pair)} if found and ruler else {}))
+        if found and ruler:
+            row |= {"aed_ruler": ruler_error(ruler, *pair), "follow": following(ruler(*pair[:2]), case.motions[k][1:])}
+        rows.append(row)
     return rows
+
+
+def interventions(case: Case, turned: Case, method: Callable, film: np.ndarray) -> dict[str, float | None]:
+    "Leakage (of several people), and how much of the first driver's person shows: the change of their face with another actor, as a share of its change with another performance."
+    face, others, changed = case.face(0), [case.face(k) for k in range(1, case.people)], method(turned)
+    rms = lambda a: float(np.sqrt(np.square(film[face].astype(float) - a[face]).mean()))  # noqa: E731
+    own = rms(changed)
+    leak = {"leakage": leakage(film, changed, face, others, unchanged(case.film, turned.film)[1:])} if others else {}
+    return leak | {"actor": rms(method(another_actor(case, 0))) / own if own else None}
 
 
 def evaluate(
@@ -430,7 +456,7 @@ def evaluate(
     benchmark: Iterable[Case],
     features: Callable | None = None,  # for `perceptual_distance`; None: left out
     ruler: Ruler | None = None,  # for `aed_ruler`; None: left out
-    leak: bool = True,  # also make every film of several people a second time, for leakage
+    leak: bool = True,  # also make every film with another performance and with another actor for its first person: `leakage`, `actor`
     done: set = frozenset(),  # (method, case) that need not be made again
     keep: Callable = lambda rows: None,  # called with the rows of a film as soon as they are there
     show: bool = True,
@@ -445,9 +471,9 @@ def evaluate(
             for name in left:
                 film = methods[name](case)
                 mine = [{"method": name, "case": case.name, "people": case.people, "seed": case.seed, "person": k + 1} | row for k, row in enumerate(judge(film, case, features, ruler, reference))]
-                if leak and case.people > 1 and name != "vae":
+                if leak and name != "vae":
                     turned = turned or another_driver(case, 0)
-                    mine[0]["leakage"] = leakage(film, methods[name](turned), case.face(0), [case.face(k) for k in range(1, case.people)], unchanged(case.film, turned.film)[1:])
+                    mine[0] |= interventions(case, turned, methods[name], film)
                 keep(mine)
                 rows += mine
             bar.update(len(methods))

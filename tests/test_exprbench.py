@@ -10,8 +10,9 @@ import torch
 
 import fantasy_nb.exprbench as exprbench
 from fantasy_nb.core import data_samples, read_image, write_image, write_video
-from fantasy_nb.exprbench import (BOUNDS, GAZE_DEGREES, RULES, Benchmark, EncoderFeatures, Ruler, Studio, another_driver, as_markdown, by_film, evaluate, face_errors, frechet_distance, heard, judge,
+from fantasy_nb.exprbench import (BOUNDS, GAZE_DEGREES, RULES, Benchmark, EncoderFeatures, Ruler, Studio, another_actor, another_driver, as_markdown, by_film, evaluate, face_errors, following, frechet_distance, heard, judge,
                                   larger, leakage, main, make_methods, mean_and_interval, perceptual_distance, picture_errors, read_rows, results_table, ruler_error, unchanged, write_results)
+from fantasy_nb.faces import Expression
 from fantasy_nb.tracking import measure_expression, track_faces
 
 SMALL = dict(clips=1, seeds=(0,), frames=9)
@@ -138,6 +139,25 @@ def test_leakage_of_known_mixtures():
     assert leakage(film, changed, own, []) == 0
     rest[:, :, 8:12], changed[:, :, 8:12] = False, 200  # hair of the first swings into the second's box: not counted
     assert leakage(film, changed, own, [other], rest) == pytest.approx(0.3)
+
+
+def test_following_is_the_mean_correlation_of_what_moves():
+    motion = Expression.sample(50, 0)
+    true = {name: getattr(motion, name) for name in exprbench.RULED}
+    assert following(true, motion) == pytest.approx(1)
+    assert following({name: 3 - 0.1 * x for name, x in true.items()}, motion) == pytest.approx(-1)
+    assert following({name: 0 * x for name, x in true.items()}, motion) == 0  # a face that does nothing
+    noisy = true | {"smile": torch.randn(50, generator=torch.Generator().manual_seed(0))}
+    want = (5 + np.corrcoef(noisy["smile"], motion.smile)[0, 1]) / 6
+    assert following(noisy, motion) == pytest.approx(want, abs=1e-5)
+    still = motion[[0] * 50]
+    assert following(true, still) is None
+
+
+def test_another_actor_changes_the_driver_and_nothing_else(case):
+    other = another_actor(case, 1)
+    assert torch.equal(other.crops[0], case.crops[0]) and not torch.equal(other.crops[1], case.crops[1])
+    assert other.motions is case.motions and other.film is case.film
 
 
 def test_true_films_do_not_leak(case):
@@ -293,10 +313,10 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 
     keep = lambda rows: exprbench.append_rows(path, rows)
     with pytest.raises(KeyboardInterrupt):
-        evaluate({"still": method}, benchmark, keep=keep, show=False)
+        evaluate({"still": method}, benchmark, leak=False, keep=keep, show=False)
     done = {(row["method"], row["case"]) for row in read_rows(path)}
     assert len(done) == 1
-    evaluate({"still": method}, benchmark, done=done, keep=keep, show=False)
+    evaluate({"still": method}, benchmark, leak=False, done=done, keep=keep, show=False)
     assert len(calls) == 3 and len(read_rows(path)) == 2
 
 
