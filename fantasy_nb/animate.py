@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'PipelineConfig', 'resize', 'face_boxes', 'fit_portrait', 'window_starts', 'blend_windows', 'Animation',
-           'square', 'load_portrait', 'load_driver', 'find_people', 'find_drivers', 'film_velocity', 'frames_velocity',
-           'denoise', 'to_pixels', 'decode_film', 'among_diffusers', 'StoredPipeline', 'by_name', 'each_person',
-           'check_assignment', 'Cast', 'find_cast', 'PortraitPipeline', 'animate', 'build_parser', 'check_output',
-           'named_drivers', 'run_animation', 'main']
+           'square', 'load_portrait', 'load_driver', 'unwatched', 'find_people', 'find_drivers', 'film_velocity',
+           'frames_velocity', 'denoise', 'to_pixels', 'decode_film', 'among_diffusers', 'StoredPipeline', 'by_name',
+           'each_person', 'check_assignment', 'Cast', 'find_cast', 'PortraitPipeline', 'animate', 'build_parser',
+           'check_output', 'named_drivers', 'run_animation', 'main']
 
-# %% ../nbs/11_animate.ipynb #cell-004
+# %% ../nbs/11_animate.ipynb #cell-005
 import argparse
 import json
 import os
@@ -36,7 +36,7 @@ from .tracking import FaceTrack, align_crop, track_faces
 from .train import Animator, image_condition, owners_from_portrait
 from .vae import VideoVAE, decode_stream, in_pieces
 
-# %% ../nbs/11_animate.ipynb #cell-007
+# %% ../nbs/11_animate.ipynb #cell-008
 SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep}
 
 
@@ -69,7 +69,7 @@ class PipelineConfig:
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise ValueError(f"want an interval 0 <= low <= high <= 1, got {self.interval}")
 
-# %% ../nbs/11_animate.ipynb #cell-008
+# %% ../nbs/11_animate.ipynb #cell-009
 def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     "Area averaging when it shrinks, cubic when it grows."
     import cv2
@@ -77,7 +77,7 @@ def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     smaller = size[0] < picture.shape[0]
     return cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
 
-# %% ../nbs/11_animate.ipynb #cell-009
+# %% ../nbs/11_animate.ipynb #cell-010
 def face_boxes(faces: list[FaceTrack]) -> Tensor:  # (p 4)
     "The tracker's boxes in a still picture, grown to what the training clips call a face."
     return grown_boxes(torch.cat([face.boxes[:1] for face in faces]))
@@ -97,7 +97,7 @@ def fit_portrait(
     scaling = torch.tensor([w / picture.shape[1], h / picture.shape[0]] * 2)
     return np.pad(resize(picture, (h, w)), pad, mode="edge"), boxes * scaling, (h, w)
 
-# %% ../nbs/11_animate.ipynb #cell-011
+# %% ../nbs/11_animate.ipynb #cell-012
 def window_starts(
     length: int,  # latent frames of the performance
     window: int,
@@ -109,7 +109,7 @@ def window_starts(
     starts = list(range(0, length - window, window - overlap))
     return starts + [length - window]
 
-# %% ../nbs/11_animate.ipynb #cell-012
+# %% ../nbs/11_animate.ipynb #cell-013
 def blend_windows(parts: Tensor, starts: list[int], length: int) -> Tensor:  # (k c 1+window h w) -> (1 c 1+length h w)
     "Average what windows say about each latent frame; frame 0 of all of them is the portrait."
     k, c, n, h, w = parts.shape
@@ -120,7 +120,7 @@ def blend_windows(parts: Tensor, starts: list[int], length: int) -> Tensor:  # (
         count.index_add_(0, places, torch.ones_like(places, dtype=parts.dtype))
     return total / count.view(-1, 1, 1)
 
-# %% ../nbs/11_animate.ipynb #cell-015
+# %% ../nbs/11_animate.ipynb #cell-016
 @dataclass
 class Animation:
     "A film, and where it came from."
@@ -160,14 +160,14 @@ class Animation:
         said = {"comment": "Generated with fantasy_nb: a synthetic animation, not a recording."}
         write_video(path, frames, self.fps, metadata=said, sound=self.files[sound - 1] if sound else None)
 
-# %% ../nbs/11_animate.ipynb #cell-016
+# %% ../nbs/11_animate.ipynb #cell-017
 def square(frame: np.ndarray, size: int) -> np.ndarray:
     "The middle square of a frame, resized."
     h, w = frame.shape[:2]
     side, top, left = min(h, w), (h - min(h, w)) // 2, (w - min(h, w)) // 2
     return resize(frame[top : top + side, left : left + side], (size, size))
 
-# %% ../nbs/11_animate.ipynb #cell-017
+# %% ../nbs/11_animate.ipynb #cell-018
 def load_portrait(portrait) -> np.ndarray:  # uint8 (h w 3)
     "A path, uint8 (h w 3), or float (3 h w) in [0, 1]."
     if isinstance(portrait, (str, os.PathLike)):
@@ -177,7 +177,7 @@ def load_portrait(portrait) -> np.ndarray:  # uint8 (h w 3)
         raise ValueError(f"want a portrait as a path, uint8 (h w 3) or float (3 h w), got shape {tuple(getattr(picture, 'shape', ()))}")
     return as_frames(picture[None])[0]
 
-# %% ../nbs/11_animate.ipynb #cell-018
+# %% ../nbs/11_animate.ipynb #cell-019
 def load_driver(driver, frames: int | None, fps: float | None) -> tuple[np.ndarray, float]:
     "A path, frames, or a pair (frames, fps); at most `frames` of them, at `fps` where a file has another rate."
     if isinstance(driver, (str, os.PathLike)):
@@ -188,7 +188,11 @@ def load_driver(driver, frames: int | None, fps: float | None) -> tuple[np.ndarr
         raise ValueError("want a driver of at least one frame, got none")
     return pictures, rate
 
-# %% ../nbs/11_animate.ipynb #cell-020
+# %% ../nbs/11_animate.ipynb #cell-021
+def unwatched(stage: str, share: float) -> None:
+    "Nobody looks. What takes its place is told the stage and how much of it is done (0 to 1), and may raise to stop the work."
+
+
 def find_people(picture: np.ndarray) -> list[FaceTrack]:
     "The portrait's faces, left to right. Raises ValueError where there is none."
     faces = track_faces(picture[None], 5)
@@ -197,12 +201,13 @@ def find_people(picture: np.ndarray) -> list[FaceTrack]:
     return faces
 
 
-def find_drivers(drivers: list, people: int, frames: int | None, show: bool) -> tuple[list, list, float, list]:  # frames, tracks, fps, files
+def find_drivers(drivers: list, people: int, frames: int | None, show: bool, watch: Callable = unwatched) -> tuple[list, list, float, list]:  # frames, tracks, fps, files
     "Read and track every driver; a single video may bring several people. Raises ValueError where there are too many or one has no face."
     if not 1 <= len(drivers) <= people:
         raise ValueError(f"want 1 to {people} drivers for the {people} faces in the portrait, got {len(drivers)}")
     pictures, tracks, fps, files = [], [], None, []
-    for driver in tqdm(drivers, desc="tracking drivers", unit="video", disable=not show):
+    for k, driver in enumerate(tqdm(drivers, desc="tracking drivers", unit="video", disable=not show)):
+        watch("tracking drivers", k / len(drivers))
         film, fps = load_driver(driver, frames, fps)
         found = track_faces(film, people if len(drivers) == 1 else 1, fps=fps)
         if not found:
@@ -212,7 +217,7 @@ def find_drivers(drivers: list, people: int, frames: int | None, show: bool) -> 
     length = min(map(len, pictures))
     return [p[:length] for p in pictures], [t[:length] for t in tracks], fps, files
 
-# %% ../nbs/11_animate.ipynb #cell-022
+# %% ../nbs/11_animate.ipynb #cell-023
 def film_velocity(
     animator: Animator,
     config: PipelineConfig,
@@ -240,7 +245,7 @@ def film_velocity(
 
     return velocity
 
-# %% ../nbs/11_animate.ipynb #cell-024
+# %% ../nbs/11_animate.ipynb #cell-025
 def frames_velocity(animator: Animator, config: PipelineConfig, portrait: Tensor, features: Tensor, owners: Tensor, at_once: int = 64) -> Callable:
     "As `film_velocity`, with every frame by itself: x (1 c f h w) holds one latent frame for each frame of the film."
     pieces = []
@@ -258,18 +263,23 @@ def frames_velocity(animator: Animator, config: PipelineConfig, portrait: Tensor
 
     return velocity
 
-# %% ../nbs/11_animate.ipynb #cell-025
+# %% ../nbs/11_animate.ipynb #cell-026
 @torch.no_grad()
-def denoise(animator: Animator, config: PipelineConfig, portrait: Tensor, features: Tensor, owners: Tensor, seed: int, show: bool) -> Tensor:
+def denoise(animator: Animator, config: PipelineConfig, portrait: Tensor, features: Tensor, owners: Tensor, seed: int, show: bool, watch: Callable = unwatched) -> Tensor:
     "Latents of a film, from one noise: (1 c 1+n h w) in windows, (1 c 4n h w) with every frame by itself. Arguments as `film_velocity`."
     velocity, n = film_velocity(animator, config, portrait, features, owners), (features.shape[1] - 1) // 4
     guided_velocity = guided(lambda x, t: velocity(x, t, 0.0), velocity, config.guidance, config.interval)
     noise = torch.randn(1, portrait.shape[1], 1 + n if config.window else 1, *portrait.shape[-2:], generator=torch.Generator().manual_seed(seed)).to(portrait)
     noise = noise if config.window else noise.expand(-1, -1, 4 * n, -1, -1)
     with tqdm(total=config.steps, desc="denoising", unit="step", disable=not show) as bar:
-        return SOLVERS[config.solver](guided_velocity, noise, time_grid(config.steps, config.shift), lambda *_: bar.update())
 
-# %% ../nbs/11_animate.ipynb #cell-026
+        def count(*_):
+            bar.update()
+            watch("denoising", bar.n / config.steps)
+
+        return SOLVERS[config.solver](guided_velocity, noise, time_grid(config.steps, config.shift), count)
+
+# %% ../nbs/11_animate.ipynb #cell-027
 def to_pixels(video: Tensor) -> np.ndarray:  # (1 3 f h w) in [-1, 1] -> uint8 (f h w 3)
     "Rounded, clipped, channels last: what writers of pictures want."
     return ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
@@ -279,14 +289,21 @@ def decode_film(
     vae: VideoVAE,
     latents: Tensor,  # of `denoise`
     window: int,  # as it was made: 0 = every latent frame is a frame
+    watch: Callable = unwatched,
 ) -> np.ndarray:  # -> uint8 (4n h w 3), without the portrait
     "Latents to pictures, piece by piece: a long film fits in memory."
     if window:
-        return np.concatenate([to_pixels(piece) for piece in decode_stream(vae, in_pieces(latents, 4))][1:])
-    stills = rearrange(latents, "1 c f h w -> f c 1 h w").split(16)
-    return np.concatenate([to_pixels(rearrange(vae.decode(part), "f c 1 h w -> 1 c f h w")) for part in stills])
+        pieces = (to_pixels(piece) for piece in decode_stream(vae, in_pieces(latents, 4)))
+    else:
+        stills = rearrange(latents, "1 c f h w -> f c 1 h w").split(16)
+        pieces = (to_pixels(rearrange(vae.decode(part), "f c 1 h w -> 1 c f h w")) for part in stills)
+    film, done = [], 0
+    for piece in pieces:
+        film, done = [*film, piece], done + len(piece)
+        watch("decoding", min(1.0, done / (4 * latents.shape[2] - 3 if window else latents.shape[2])))
+    return np.concatenate(film[1:] if window else film)
 
-# %% ../nbs/11_animate.ipynb #cell-028
+# %% ../nbs/11_animate.ipynb #cell-029
 @cache
 def among_diffusers(kind: type) -> type:
     "The same class as a diffusers DiffusionPipeline, or itself where diffusers is not installed. Imports diffusers."
@@ -361,7 +378,7 @@ class StoredPipeline:
         finally:
             part.to(self.resting)
 
-# %% ../nbs/11_animate.ipynb #cell-030
+# %% ../nbs/11_animate.ipynb #cell-031
 def by_name(drivers, names: list[str] | None, assign: list[int] | None) -> tuple[list, list[int] | None]:
     "Drivers as a list, and whom they move. Raises ValueError for names that nobody has."
     if not isinstance(drivers, dict):
@@ -385,7 +402,7 @@ def each_person(strength, people: int, names: list[str] | None, what: str) -> li
         raise ValueError(f"want {what} of 0 or more, one for all or one for each of the {people} people, got {strength}")
     return values
 
-# %% ../nbs/11_animate.ipynb #cell-031
+# %% ../nbs/11_animate.ipynb #cell-032
 def check_assignment(assign: list[int] | None, drivers: int, people: int) -> list[int]:
     "Which person each driver moves, from 1. Raises ValueError unless they are different people of the portrait."
     assign = list(range(1, drivers + 1)) if assign is None else list(assign)
@@ -393,7 +410,7 @@ def check_assignment(assign: list[int] | None, drivers: int, people: int) -> lis
         raise ValueError(f"want {drivers} different people out of 1 to {people} to assign the drivers to, got {assign}")
     return assign
 
-# %% ../nbs/11_animate.ipynb #cell-033
+# %% ../nbs/11_animate.ipynb #cell-034
 @dataclass
 class Cast:
     "Who is in the picture, and who moves whom."
@@ -408,7 +425,7 @@ class Cast:
     dials: list[dict]  # for each person mouth, emotion, overall
 
 
-def find_cast(portrait, drivers, frames: int | None, assign: list[int] | None, names: list[str] | None, strengths: dict, show: bool) -> Cast:
+def find_cast(portrait, drivers, frames: int | None, assign: list[int] | None, names: list[str] | None, strengths: dict, show: bool, watch: Callable = unwatched) -> Cast:
     "Read and track everything. Raises ValueError for what does not fit together."
     if frames is not None and frames < 1:
         raise ValueError(f"want at least one frame, got frames={frames}")
@@ -417,13 +434,15 @@ def find_cast(portrait, drivers, frames: int | None, assign: list[int] | None, n
     if names is not None and len(names) != len(people):
         raise ValueError(f"want a name for each of the {len(people)} people in the portrait, got {names}")
     strengths = {what: each_person(value, len(people), names, what) for what, value in strengths.items()}
-    films, tracks, fps, files = find_drivers(drivers, len(people), frames, show)
+    films, tracks, fps, files = find_drivers(drivers, len(people), frames, show, watch)
     assign = check_assignment(assign, len(tracks), len(people))
     return Cast(picture, people, films, tracks, fps, files, assign, [{what: values[k] for what, values in strengths.items()} for k in range(len(people))])
 
-# %% ../nbs/11_animate.ipynb #cell-035
+# %% ../nbs/11_animate.ipynb #cell-036
 class PortraitPipeline(StoredPipeline):
     "Portrait and drivers -> film."
+
+    watch = staticmethod(unwatched)  # of the film in work
 
     @classmethod
     def from_wan(cls, folder, adapter, encoder=None, **options) -> "PortraitPipeline":
@@ -459,9 +478,9 @@ class PortraitPipeline(StoredPipeline):
             latents = vae.encode(torch.from_numpy(working).permute(2, 0, 1)[None, :, None].to(self.device) / 127.5 - 1)
         rounds = tqdm(range(how.draws), desc="draws", unit="draw", disable=not show or how.draws == 1)
         with self.at_work(self.animator) as animator:
-            latents = sum(denoise(animator, how, latents, features, owners, seed + 7919 * k, show and how.draws == 1) for k in rounds) / how.draws
+            latents = sum(denoise(animator, how, latents, features, owners, seed + 7919 * k, show and how.draws == 1, self.watch) for k in rounds) / how.draws
         with self.at_work(self.vae) as vae:
-            return decode_film(vae, latents, how.window)[: len(cast.films[0]), :h, :w]
+            return decode_film(vae, latents, how.window, self.watch)[: len(cast.films[0]), :h, :w]
 
     @torch.no_grad()
     def __call__(
@@ -482,15 +501,17 @@ class PortraitPipeline(StoredPipeline):
         emotion=1.0,
         overall=1.0,  # of everything, the head too
         names: list[str] | None = None,  # the portrait's people, from left to right
+        watch: Callable | None = None,  # told (stage, share done) between pieces of work; what it raises stops the film
     ) -> Animation:
         "Animate everybody who has a driver. Raises ValueError for pictures without faces, too many drivers, wrong assignments or settings."
         asked = dict(steps=steps, guidance=guidance, draws=draws, solver=solver, interval=interval, window=window)
         how = replace(self.settings, **{k: v for k, v in asked.items() if v is not None})
         show = show and not getattr(self, "_progress_bar_config", {}).get("disable")
-        cast = find_cast(portrait, drivers, frames, assign, names, dict(mouth=mouth, emotion=emotion, overall=overall), show)
+        self.watch = watch or unwatched
+        cast = find_cast(portrait, drivers, frames, assign, names, dict(mouth=mouth, emotion=emotion, overall=overall), show, self.watch)
         return Animation(self.film(cast, how, seed, show), cast.fps, cast.tracks, cast.films, cast.assign, cast.files)
 
-# %% ../nbs/11_animate.ipynb #cell-036
+# %% ../nbs/11_animate.ipynb #cell-037
 def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation:
     "One call: load the weights, animate, and write a file where `out` is given."
     animation = PortraitPipeline.from_pretrained(weights)(portrait, drivers, **options)
@@ -498,7 +519,7 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-076
+# %% ../nbs/11_animate.ipynb #cell-077
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -532,7 +553,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-# %% ../nbs/11_animate.ipynb #cell-077
+# %% ../nbs/11_animate.ipynb #cell-078
 def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     "Raise before the work starts where a file could not be written after it."
     if path is None:
@@ -548,7 +569,7 @@ def check_output(path: str | None, endings: tuple[str, ...]) -> None:
     probe.touch()
     probe.unlink()
 
-# %% ../nbs/11_animate.ipynb #cell-078
+# %% ../nbs/11_animate.ipynb #cell-079
 def named_drivers(drive: list[str], names: list[str] | None):  # a list of files, or {name: file}
     "What --drive says. Raises ValueError where only some drivers have a name, or one has two."
     pairs = [text.partition("=") for text in drive]
@@ -588,7 +609,7 @@ def run_animation(args: argparse.Namespace) -> None:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-# %% ../nbs/11_animate.ipynb #cell-079
+# %% ../nbs/11_animate.ipynb #cell-080
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)

@@ -9,7 +9,7 @@ __all__ = ['STORED_WEIGHTS', 'RELEASED', 'WEIGHTS', 'INDEX', 'DiTConfig', 'Patch
            'save_model', 'weight_files', 'read_model', 'StoredDiT', 'ListeningDiT', 'DiT', 'diffusers_class',
            'as_diffusers']
 
-# %% ../nbs/06_dit.ipynb #cell-003
+# %% ../nbs/06_dit.ipynb #cell-005
 import inspect
 import json
 import math
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# %% ../nbs/06_dit.ipynb #cell-006
+# %% ../nbs/06_dit.ipynb #cell-008
 @dataclass(frozen=True)
 class DiTConfig:
     "Dimensions of a diffusion transformer, and nothing else: no paths, no devices."
@@ -63,7 +63,7 @@ class DiTConfig:
         "Wan2.1-I2V-14B."
         return cls()
 
-# %% ../nbs/06_dit.ipynb #cell-009
+# %% ../nbs/06_dit.ipynb #cell-011
 class Patchify(nn.Module):
     "Cut latents into patches and project each to a token: a strided convolution, written as one matrix product."
 
@@ -78,7 +78,7 @@ class Patchify(nn.Module):
         patches = rearrange(x, "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", p=p, q=q, r=r)
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
-# %% ../nbs/06_dit.ipynb #cell-012
+# %% ../nbs/06_dit.ipynb #cell-014
 def rope_3d(
     grid: tuple[int, int, int],  # tokens along time, rows, columns
     head_width: int,
@@ -97,7 +97,7 @@ def rope_3d(
     angle = torch.cat(angles, -1).flatten(0, 2)
     return torch.stack([angle.cos(), angle.sin()], -1)
 
-# %% ../nbs/06_dit.ipynb #cell-016
+# %% ../nbs/06_dit.ipynb #cell-018
 def apply_rope(
     x: Tensor,  # (b n k d) queries or keys
     rope: Tensor,  # (n, d/2, 2) from `rope_3d`
@@ -111,7 +111,7 @@ def apply_rope(
     turned = pairs * torch.view_as_complex(rope)[:, None]
     return torch.view_as_real(turned).flatten(-2).type_as(x)
 
-# %% ../nbs/06_dit.ipynb #cell-027
+# %% ../nbs/06_dit.ipynb #cell-029
 STORED_WEIGHTS = 1 << 18  # queries x keys: up to here gradients on a CPU are quicker with stored weights
 
 
@@ -129,7 +129,7 @@ def attend(
     weights = (logits if bias is None else logits + bias).softmax(-1)
     return (weights.type_as(v) @ v).transpose(1, 2)
 
-# %% ../nbs/06_dit.ipynb #cell-030
+# %% ../nbs/06_dit.ipynb #cell-032
 class RMSNorm(nn.Module):
     "Divide by the root mean square over the full width; a learned scale; float32 inside."
 
@@ -140,14 +140,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
-# %% ../nbs/06_dit.ipynb #cell-031
+# %% ../nbs/06_dit.ipynb #cell-033
 class LayerNorm(nn.LayerNorm):
     "LayerNorm, float32 inside whatever the weights are."
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).type_as(x)
 
-# %% ../nbs/06_dit.ipynb #cell-033
+# %% ../nbs/06_dit.ipynb #cell-035
 class SelfAttention(nn.Module):
     "All tokens of all latent frames attend to each other; RMS-normed queries and keys; positions by rotation."
 
@@ -163,7 +163,7 @@ class SelfAttention(nn.Module):
         k = apply_rope(split(self.norm_key(self.key(x))), rope)
         return self.out(attend(q, k, split(self.value(x))).flatten(2))
 
-# %% ../nbs/06_dit.ipynb #cell-036
+# %% ../nbs/06_dit.ipynb #cell-038
 class Memory(nn.Module):
     "One thing the cross-attention can listen to: its own keys (RMS-normed) and values."
 
@@ -180,7 +180,7 @@ class Memory(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, guard=None) -> Tensor:  # (b n k d) -> (b n k d)
         return attend(query, key, value, guard)
 
-# %% ../nbs/06_dit.ipynb #cell-037
+# %% ../nbs/06_dit.ipynb #cell-039
 class CrossAttention(nn.Module):
     "One query, any number of named memories; what they answer is summed before the output projection."
 
@@ -204,7 +204,7 @@ class CrossAttention(nn.Module):
         answers = [self.memories[name](query, *kv, guards.get(name)) for name, kv in memories.items()]
         return self.out(sum(answers[1:], answers[0]).flatten(2))
 
-# %% ../nbs/06_dit.ipynb #cell-040
+# %% ../nbs/06_dit.ipynb #cell-042
 def time_features(
     t: Tensor,  # (b,) in 0..1000
     width: int,
@@ -214,7 +214,7 @@ def time_features(
     angle = torch.outer(t.float(), frequency)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
-# %% ../nbs/06_dit.ipynb #cell-043
+# %% ../nbs/06_dit.ipynb #cell-045
 class Modulation(NamedTuple):
     "What time tells one half of a block: shift and scale its input, gate its output (adaLN)."
     shift: Tensor  # (b 1 d) float32, as the other two
@@ -230,7 +230,7 @@ class Modulation(NamedTuple):
         "x + gate * y, in float32."
         return torch.addcmul(x.float(), y.float(), self.gate).type_as(x)
 
-# %% ../nbs/06_dit.ipynb #cell-046
+# %% ../nbs/06_dit.ipynb #cell-048
 class Block(nn.Module):
     "Self-attention, cross-attention, feed-forward; the first and the last are modulated by time."
 
@@ -257,7 +257,7 @@ class Block(nn.Module):
         x = x + self.cross_attention(self.norm_cross(x), memories, guards)
         return last.add(x, self.ffn(last.norm(x, self.eps)))
 
-# %% ../nbs/06_dit.ipynb #cell-047
+# %% ../nbs/06_dit.ipynb #cell-049
 class Head(nn.Module):
     "Tokens -> patches of latents."
 
@@ -274,7 +274,7 @@ class Head(nn.Module):
         (t, h, w), (p, q, r) = grid, self.patch
         return rearrange(x, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, w=w, p=p, q=q, r=r)
 
-# %% ../nbs/06_dit.ipynb #cell-049
+# %% ../nbs/06_dit.ipynb #cell-051
 @torch.no_grad()
 def init_weights(dit: nn.Module) -> None:
     """Set every parameter of a DiT.
@@ -300,7 +300,7 @@ def init_weights(dit: nn.Module) -> None:
             nn.init.xavier_uniform_(p.flatten(1))
     dit.time_projection[1].bias.view(6, -1)[2::3] = 1
 
-# %% ../nbs/06_dit.ipynb #cell-051
+# %% ../nbs/06_dit.ipynb #cell-053
 def pad_text(text: Tensor, places: int) -> Tensor:  # (b n d) -> (b places d)
     "Zeros behind the text. Raises ValueError for a text that is too long."
     if text.shape[1] > places:
@@ -334,7 +334,7 @@ def token_grid(x: Tensor, t: Tensor, config: DiTConfig) -> tuple[int, int, int]:
         raise ValueError(f"want latent sizes that are multiples of the patch {config.patch}, got {tuple(x.shape[2:])}")
     return tuple(size // p for size, p in zip(x.shape[2:], config.patch))
 
-# %% ../nbs/06_dit.ipynb #cell-053
+# %% ../nbs/06_dit.ipynb #cell-055
 RELEASED = (  # our names -> the released ones, tried in this order
     (r"^patchify\.", "patch_embedding."),
     (r"^image_embedding\.", "img_emb.proj."),
@@ -354,7 +354,7 @@ def released_name(name: str, blocks: nn.ModuleList) -> str:
     attention, block, memory, part, leaf = match.groups()
     return f"{attention}.{blocks[int(block)].cross_attention.memories[memory].released[part]}.{leaf}"
 
-# %% ../nbs/06_dit.ipynb #cell-055
+# %% ../nbs/06_dit.ipynb #cell-057
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' names
 INDEX = WEIGHTS + ".index.json"  # which of several files holds which parameter
 
@@ -387,7 +387,7 @@ def read_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     state = {name: p for path in files for name, p in load_file(path, device=str(device)).items()}
     return config, {name: p.clone() if p.data_ptr() % 64 else p for name, p in state.items()}  # fast kernels want aligned memory
 
-# %% ../nbs/06_dit.ipynb #cell-056
+# %% ../nbs/06_dit.ipynb #cell-058
 class StoredDiT(nn.Module):
     "How a DiT meets the outside: released names, folders on disk."
 
@@ -435,7 +435,7 @@ class StoredDiT(nn.Module):
         dit.load_state_dict(state, assign=True)
         return dit.to(dtype=dtype).eval()
 
-# %% ../nbs/06_dit.ipynb #cell-058
+# %% ../nbs/06_dit.ipynb #cell-060
 class ListeningDiT(StoredDiT):
     "How a DiT hears its memories: text, image, expression."
 
@@ -481,7 +481,7 @@ class ListeningDiT(StoredDiT):
             guards["expression"] = memory.guard(key, mask, scale, shape)
         return guards
 
-# %% ../nbs/06_dit.ipynb #cell-060
+# %% ../nbs/06_dit.ipynb #cell-062
 class DiT(ListeningDiT):
     "Diffusion transformer for video latents: predicts velocity (Wan) or clean latents (models trained here)."
 
@@ -535,7 +535,7 @@ class DiT(ListeningDiT):
             tokens = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
         return self.head(tokens, embedded.float(), grid)
 
-# %% ../nbs/06_dit.ipynb #cell-071
+# %% ../nbs/06_dit.ipynb #cell-073
 @cache
 def diffusers_class(add_expression: Callable | None = None) -> type[DiT]:  # chapter 07's, for models with an expression memory
     "DiT as a ModelMixin and ConfigMixin: shards, offloading and layerwise casting are diffusers' own. Imports diffusers."
@@ -569,7 +569,7 @@ def diffusers_class(add_expression: Callable | None = None) -> type[DiT]:  # cha
 
     return DiffusersDiT
 
-# %% ../nbs/06_dit.ipynb #cell-072
+# %% ../nbs/06_dit.ipynb #cell-074
 def as_diffusers(dit: DiT) -> DiT:  # also a diffusers.ModelMixin
     "The same model in diffusers' hands: both hold the same blocks, so what is done to one is done to the other. Imports diffusers."
     with torch.device("meta"):

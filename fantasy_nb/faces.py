@@ -13,14 +13,14 @@ __all__ = ['EMOTIONS', 'ACTIONS', 'NECK', 'FACE_PLACE', 'CROP_TEMPLATE', 'pixel_
            'chunk_budget', 'render_face', 'five_points_3d', 'face_landmarks', 'render_crops', 'Scene', 'head_places',
            'mask_boxes', 'paint_in_window', 'render_scene', 'smooth_noise', 'saccades', 'pulses', 'random_motion']
 
-# %% ../nbs/01_faces.ipynb #cell-004
+# %% ../nbs/01_faces.ipynb #cell-005
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/01_faces.ipynb #cell-007
+# %% ../nbs/01_faces.ipynb #cell-008
 def pixel_grid(
     h: int,  # picture height in pixels
     w: int,  # picture width
@@ -32,7 +32,7 @@ def pixel_grid(
     y, x = torch.meshgrid(ys, xs, indexing="ij")
     return x[None], y[None]
 
-# %% ../nbs/01_faces.ipynb #cell-008
+# %% ../nbs/01_faces.ipynb #cell-009
 def cover(
     distance: Tensor,  # signed distance to an outline, negative inside
     pixel,  # width of a pixel in the same unit
@@ -40,29 +40,29 @@ def cover(
     "Share of a pixel that a shape covers: exact for a straight edge along the pixel grid."
     return (0.5 - distance / pixel).clamp(0, 1)
 
-# %% ../nbs/01_faces.ipynb #cell-011
+# %% ../nbs/01_faces.ipynb #cell-012
 def blend(under: Tensor, over: Tensor, amount: Tensor) -> Tensor:
     "`under` where amount is 0, `over` where it is 1."
     return under + (over - under) * amount
 
-# %% ../nbs/01_faces.ipynb #cell-012
+# %% ../nbs/01_faces.ipynb #cell-013
 def smoothstep(low: float, high: float, x: Tensor) -> Tensor:
     "0 before low, 1 after high, a smooth cubic between (low > high turns it round)."
     t = ((x - low) / (high - low)).clamp(0, 1)
     return t * t * (3 - 2 * t)
 
-# %% ../nbs/01_faces.ipynb #cell-013
+# %% ../nbs/01_faces.ipynb #cell-014
 def bump(x, y, x0, y0, sx, sy) -> Tensor:
     "A Gaussian spot of height 1 around (x0, y0)."
     return torch.exp(-(((x - x0) / sx) ** 2 + ((y - y0) / sy) ** 2))
 
-# %% ../nbs/01_faces.ipynb #cell-014
+# %% ../nbs/01_faces.ipynb #cell-015
 def stroke(distance: Tensor, width, pixel) -> Tensor:
     "A Gaussian line; thinner than a pixel it grows wider and fainter instead of flickering."
     wide = (width**2 + (0.4 * pixel) ** 2) ** 0.5
     return width / wide * torch.exp(-((distance / wide) ** 2))
 
-# %% ../nbs/01_faces.ipynb #cell-017
+# %% ../nbs/01_faces.ipynb #cell-018
 class Factors:
     "A batch of people or moments: every attribute is a tensor (n,)."
 
@@ -104,7 +104,7 @@ class Factors:
         "Batches joined one after the other."
         return cls(**{name: torch.cat([getattr(p, name) for p in parts]) for name in cls.names()})
 
-# %% ../nbs/01_faces.ipynb #cell-018
+# %% ../nbs/01_faces.ipynb #cell-019
 @dataclass
 class Identity(Factors):
     "Who somebody is: 27 factors in [0, 1], and nothing that moves."
@@ -147,7 +147,7 @@ class Identity(Factors):
         g = torch.Generator().manual_seed(int(seed))
         return cls(**{name: torch.rand(n, generator=g) for name in cls.names()})
 
-# %% ../nbs/01_faces.ipynb #cell-020
+# %% ../nbs/01_faces.ipynb #cell-021
 EMOTIONS = ("joy", "anger", "surprise", "sadness", "disgust", "fear")
 
 ACTIONS = {  # facial actions that an emotion at full strength asks for
@@ -219,7 +219,7 @@ class Expression(Factors):
             **{name: strength * (feeling == k + 1) for k, name in enumerate(EMOTIONS)},
         )  # fmt: skip
 
-# %% ../nbs/01_faces.ipynb #cell-021
+# %% ../nbs/01_faces.ipynb #cell-022
 Expression.GROUPS = {
     "head": ("yaw", "pitch", "roll"),
     "eyes": ("gaze_x", "gaze_y", "blink_left", "blink_right"),
@@ -237,7 +237,7 @@ def facial_actions(expression: Expression) -> dict[str, Tensor]:  # action -> (n
             actions[name] = actions.get(name, 0) + weight * getattr(e, emotion)
     return actions
 
-# %% ../nbs/01_faces.ipynb #cell-024
+# %% ../nbs/01_faces.ipynb #cell-025
 def rotation(
     yaw: Tensor,  # (n,) degrees
     pitch: Tensor,
@@ -255,7 +255,7 @@ def rotation(
     tilt = matrix(r.cos(), -r.sin(), zero, r.sin(), r.cos(), zero, zero, zero, one)
     return tilt @ turn @ nod
 
-# %% ../nbs/01_faces.ipynb #cell-025
+# %% ../nbs/01_faces.ipynb #cell-026
 def ray_ellipsoid(
     o,  # three maps: where each ray starts
     d,  # three maps or numbers: its direction
@@ -272,19 +272,19 @@ def ray_ellipsoid(
     fall = torch.where(root > 0, 1.0, -1.2)
     return -b / a + fall * root.abs().clamp(1e-9).sqrt(), (k.clamp(1e-9).sqrt() - 1) * (radii[0] + radii[1]) / 2
 
-# %% ../nbs/01_faces.ipynb #cell-028
+# %% ../nbs/01_faces.ipynb #cell-029
 class Maps(dict):
     "A dict whose entries read as attributes: the painters' vocabulary."
 
     __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
 
-# %% ../nbs/01_faces.ipynb #cell-029
+# %% ../nbs/01_faces.ipynb #cell-030
 def as_maps(i: Identity, e: Expression) -> Maps:  # name -> (n 1 1)
     "All of a person's numbers, shaped to meet maps (n h w)."
     numbers = {name: getattr(i, name) for name in i.names()} | facial_actions(e)
     return Maps({name: v.view(-1, 1, 1) for name, v in numbers.items()})
 
-# %% ../nbs/01_faces.ipynb #cell-030
+# %% ../nbs/01_faces.ipynb #cell-031
 def skull(m: Maps) -> list:  # [(centre, radii)]
     "Cranium, jaw and face. The unit is about half a head's height: eyes at y = 0, chin near y = 1."
     drop, width, jaw, chin = 0.20 * m.mouth_open, 0.70 + 0.10 * m.face_width, 0.50 + 0.16 * m.jaw_width, 0.10 * m.chin_length - 0.05
@@ -294,7 +294,7 @@ def skull(m: Maps) -> list:  # [(centre, radii)]
         ((0, 0.05, 0.05), (width - 0.02, 0.72, 0.73)),
     ]
 
-# %% ../nbs/01_faces.ipynb #cell-031
+# %% ../nbs/01_faces.ipynb #cell-032
 def nose(m: Maps) -> list:
     "Bridge, tip and two wings."
     w, l = 0.8 + 0.5 * m.nose_width, 0.36 + 0.12 * m.nose_length
@@ -306,22 +306,22 @@ def nose(m: Maps) -> list:
         ((0.115 * w, l + 0.03, 0.70), wing),
     ]
 
-# %% ../nbs/01_faces.ipynb #cell-032
+# %% ../nbs/01_faces.ipynb #cell-033
 def eye_x(m):
     "Distance of an eye from the middle."
     return 0.29 + 0.07 * m.eye_spacing
 
-# %% ../nbs/01_faces.ipynb #cell-033
+# %% ../nbs/01_faces.ipynb #cell-034
 def eye_radius(m):
     "Half an eye's width."
     return 0.165 * (0.90 + 0.25 * m.eye_size)
 
-# %% ../nbs/01_faces.ipynb #cell-034
+# %% ../nbs/01_faces.ipynb #cell-035
 def soft_max(values: list, sharpness: float) -> Tensor:
     "Smooth maximum of maps: seams between masses are rounded."
     return torch.logsumexp(torch.stack(torch.broadcast_tensors(*values)) * sharpness, 0) / sharpness
 
-# %% ../nbs/01_faces.ipynb #cell-035
+# %% ../nbs/01_faces.ipynb #cell-036
 def relief(m: Maps, X: Tensor, Y: Tensor) -> Tensor:
     "Soft bumps on the masses, by place (X, Y) on the face: cheekbones, brow ridge, lips' mound, chin, sockets, lifted cheeks."
     A, drop = X.abs(), 0.20 * m.mouth_open
@@ -329,7 +329,7 @@ def relief(m: Maps, X: Tensor, Y: Tensor) -> Tensor:
     mouth = (0.07 + 0.09 * m.pucker) * bump(X, Y, 0, 0.64 + drop * 0.4, 0.26, 0.20) + 0.07 * bump(X, Y, 0, 0.93 + drop, 0.18, 0.12)
     return bones + mouth + 0.05 * (m.smile.clamp(0) + 1.5 * m.cheek) * bump(A, Y, 0.38, 0.28, 0.16, 0.12)
 
-# %% ../nbs/01_faces.ipynb #cell-036
+# %% ../nbs/01_faces.ipynb #cell-037
 def head_surface(m: Maps, o, d) -> tuple[Tensor, Tensor]:  # depth, signed distance to the head's outline
     "Where rays meet a head."
     masses = [ray_ellipsoid(o, d, *part) for part in skull(m)]
@@ -341,7 +341,7 @@ def head_surface(m: Maps, o, d) -> tuple[Tensor, Tensor]:  # depth, signed dista
         outline = torch.minimum(outline, distance)
     return soft_max([depth] + [z for z, _ in noses], 20), outline
 
-# %% ../nbs/01_faces.ipynb #cell-038
+# %% ../nbs/01_faces.ipynb #cell-039
 NECK = torch.tensor([0.0, 0.80, -0.20])  # the point a head turns about
 
 
@@ -360,7 +360,7 @@ class Head(Maps):
         flat.where = person, row, column
         return flat
 
-# %% ../nbs/01_faces.ipynb #cell-039
+# %% ../nbs/01_faces.ipynb #cell-040
 def look_at(
     i: Identity,
     e: Expression,
@@ -385,13 +385,13 @@ def look_at(
     h.diffuse, h.specular = lighting(i, normal)
     return h
 
-# %% ../nbs/01_faces.ipynb #cell-040
+# %% ../nbs/01_faces.ipynb #cell-041
 def light_direction(i: Identity) -> Tensor:  # (n 3), unit length
     "From the left (light = 0) to the right (1), a little above, towards the face."
     L = torch.stack([(i.light * 2 - 1) * 0.7, torch.full_like(i.light, -0.55), torch.full_like(i.light, 0.9)], 1)
     return L / L.norm(dim=1, keepdim=True)
 
-# %% ../nbs/01_faces.ipynb #cell-041
+# %% ../nbs/01_faces.ipynb #cell-042
 def lighting(i: Identity, normal) -> tuple[Tensor, Tensor]:  # diffuse, specular: (n h w)
     "Lambert's cosine, and Blinn's highlight with exponent 24."
     L = light_direction(i)
@@ -400,18 +400,18 @@ def lighting(i: Identity, normal) -> tuple[Tensor, Tensor]:  # diffuse, specular
     diffuse, shine = (sum(n * v[:, k].view(-1, 1, 1) for k, n in enumerate(normal)).clamp(0) for v in (L, half))
     return diffuse, shine**24
 
-# %% ../nbs/01_faces.ipynb #cell-044
+# %% ../nbs/01_faces.ipynb #cell-045
 def hsv(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:  # (n 3) RGB
     "Hue, saturation, value -> RGB."
     k = torch.stack([(n + hue * 6) % 6 for n in (5.0, 3.0, 1.0)], 1)
     return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
-# %% ../nbs/01_faces.ipynb #cell-045
+# %% ../nbs/01_faces.ipynb #cell-046
 def rgb(r: float, g: float, b: float, like: Tensor) -> Tensor:  # (1 3)
     "One colour, on the device of `like`."
     return torch.tensor([[r, g, b]], device=like.device, dtype=like.dtype)
 
-# %% ../nbs/01_faces.ipynb #cell-046
+# %% ../nbs/01_faces.ipynb #cell-047
 def palette(i: Identity) -> Maps:  # name -> (n 3)
     "The inks of each person: skin, its shadow, hair (grey with age), lips, iris, clothes."
     like = i.skin
@@ -424,12 +424,12 @@ def palette(i: Identity) -> Maps:  # name -> (n 3)
     cloth = hsv(i.cloth_hue, torch.full_like(like, 0.45), 0.15 + 0.65 * i.cloth_value)
     return Maps(skin=skin, shadow=skin * rgb(0.42, 0.30, 0.28, like), hair=hair, lips=lips, iris=iris, cloth=cloth)
 
-# %% ../nbs/01_faces.ipynb #cell-047
+# %% ../nbs/01_faces.ipynb #cell-048
 def tint(paint: Tensor, over: Tensor, amount: Tensor) -> Tensor:  # (k 3)
     "Blend colours `over` onto `paint` by amount (k,)."
     return blend(paint, over, amount[:, None])
 
-# %% ../nbs/01_faces.ipynb #cell-048
+# %% ../nbs/01_faces.ipynb #cell-049
 def develop(canvas: Tensor, head: Head, paint: Tensor, alpha: Tensor) -> Tensor:  # (n 3 h w)
     "Put a head's painted pixels (k 3) onto a canvas (n 3 h w), weighed by alpha (n h w)."
     person, row, column = head.where
@@ -437,7 +437,7 @@ def develop(canvas: Tensor, head: Head, paint: Tensor, alpha: Tensor) -> Tensor:
     canvas[person, :, row, column] = tint(canvas[person, :, row, column], paint, alpha[person, row, column])
     return canvas
 
-# %% ../nbs/01_faces.ipynb #cell-049
+# %% ../nbs/01_faces.ipynb #cell-050
 def paint_skin(h: Head, ink: Maps) -> Tensor:  # (k 3)
     "Skin with blood in the cheeks and shade in the sockets."
     blush = 0.5 * bump(h.A, h.Y, 0.42, 0.33, 0.19, 0.19) * (1 + 0.8 * h.m.cheek)
@@ -446,7 +446,7 @@ def paint_skin(h: Head, ink: Maps) -> Tensor:  # (k 3)
     hollow = bump(h.A, h.Y, 0.40, 0.56, 0.11, 0.17) * (-h.m.mouth_wide).clamp(0)  # cheeks are drawn in with the corners of the mouth
     return tint(skin, ink.shadow, (0.30 * socket + 0.40 * hollow) * h.front)
 
-# %% ../nbs/01_faces.ipynb #cell-050
+# %% ../nbs/01_faces.ipynb #cell-051
 def paint_nose(h: Head, paint: Tensor) -> Tensor:
     "Nostrils and the shade under the tip."
     w, l = 0.8 + 0.5 * h.m.nose_width, 0.36 + 0.12 * h.m.nose_length
@@ -454,7 +454,7 @@ def paint_nose(h: Head, paint: Tensor) -> Tensor:
     under = stroke(h.Y - l - 0.12, 0.03, h.pixel) * torch.exp(-((h.X / (0.13 * w)) ** 2))
     return tint(paint, paint * 0.3, (0.85 * nostril + 0.55 * under).clamp(0, 0.9) * h.front)
 
-# %% ../nbs/01_faces.ipynb #cell-051
+# %% ../nbs/01_faces.ipynb #cell-052
 def paint_brows(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     "Raised as a whole, pulled down and together by a frown, lifted at their inner ends by sorrow."
     m = h.m
@@ -466,7 +466,7 @@ def paint_brows(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     hairs = torch.sigmoid((thick - (h.Y - level).abs()) / (0.008**2 + (0.25 * h.pixel) ** 2) ** 0.5)
     return tint(paint, ink.hair * 0.75, 0.9 * hairs * smoothstep(1.05, 0.9, u.abs()) * h.front)
 
-# %% ../nbs/01_faces.ipynb #cell-053
+# %% ../nbs/01_faces.ipynb #cell-054
 def eye_shape(h: Head) -> Maps:
     "Lid curves and where in the eye each pixel lies, for both eyes at once (A = |X|)."
     m, radius = h.m, eye_radius(h.m)
@@ -480,7 +480,7 @@ def eye_shape(h: Head) -> Maps:
     iu, iv = u - 0.34 * m.gaze_x * torch.sign(h.X), v + 0.24 * m.gaze_y + 0.03 + 0.06 * closed
     return Maps(u=u, v=v, radius=radius, upper=upper, lower=lower, arch=arch, white=white, iu=iu, iv=iv, ir=(iu * iu + iv * iv).sqrt())
 
-# %% ../nbs/01_faces.ipynb #cell-054
+# %% ../nbs/01_faces.ipynb #cell-055
 def paint_lids(h: Head, ink: Maps, paint: Tensor, eye: Maps) -> Tensor:
     "The crease above the eye, the soft shade below it, and the cornea's bulge under a lid that is down."
     lid = smoothstep(0.0, 0.12, eye.upper - eye.v) * smoothstep(-0.75, -0.45, eye.v) * (eye.u.abs() < 1)
@@ -490,7 +490,7 @@ def paint_lids(h: Head, ink: Maps, paint: Tensor, eye: Maps) -> Tensor:
     below = stroke(eye.v - eye.lower - 0.08, 0.10, h.pixel / eye.radius) * eye.arch
     return tint(paint, ink.shadow, (0.55 * crease + 0.35 * below) * h.front)
 
-# %% ../nbs/01_faces.ipynb #cell-055
+# %% ../nbs/01_faces.ipynb #cell-056
 def paint_eyes(h: Head, ink: Maps, paint: Tensor, eye: Maps) -> Tensor:
     "White, iris, pupil, highlight; then the lashes over them."
     r, p, like = eye.radius, h.pixel, h.X
@@ -505,13 +505,13 @@ def paint_eyes(h: Head, ink: Maps, paint: Tensor, eye: Maps) -> Tensor:
     under = stroke((eye.v - eye.lower) * r, 0.03 * r, p) * cover((eye.u.abs() - 0.95) * r, p)
     return tint(paint, paint * 0.14, (0.95 * lash + 0.45 * under).clamp(0, 0.95) * h.front)
 
-# %% ../nbs/01_faces.ipynb #cell-058
+# %% ../nbs/01_faces.ipynb #cell-059
 def mouth_line(m: Maps) -> tuple:  # height of the mouth, half its width
     "Where the mouth is and how wide: smile and stretch widen it, pucker and opening narrow it."
     stretch = 1 + 0.26 * m.mouth_wide + 0.22 * m.smile.clamp(0) - 0.42 * m.pucker
     return 0.66 + 0.02 * m.smile, (0.240 + 0.04 * m.mouth_width) * stretch * (1 - 0.12 * m.mouth_open)
 
-# %% ../nbs/01_faces.ipynb #cell-059
+# %% ../nbs/01_faces.ipynb #cell-060
 def mouth_shape(h: Head) -> Maps:
     "The four lip curves at each pixel, and what they cover."
     m, (level, half) = h.m, mouth_line(h.m)
@@ -527,7 +527,7 @@ def mouth_shape(h: Head) -> Maps:
     lips = cover(torch.maximum(top - h.Y, h.Y - bottom), h.pixel) * sides
     return Maps(t=t, half=half, arch=arch, upper=upper, lower=lower, bottom=bottom, inner=inner, lips=lips)
 
-# %% ../nbs/01_faces.ipynb #cell-060
+# %% ../nbs/01_faces.ipynb #cell-061
 def paint_lips(h: Head, ink: Maps, paint: Tensor, mouth: Maps) -> Tensor:
     "Lips with a gloss on the lower one, the shade beneath, the seam between."
     shade = (0.35 + 0.35 * h.m.pucker) * stroke(h.Y - mouth.bottom - 0.05, 0.035, h.pixel)
@@ -537,7 +537,7 @@ def paint_lips(h: Head, ink: Maps, paint: Tensor, mouth: Maps) -> Tensor:
     seam = stroke(h.Y - mouth.upper, 0.016, h.pixel) * cover((mouth.t.abs() - 1.05) * mouth.half, h.pixel)
     return tint(paint, ink.lips * 0.28, 0.85 * seam * (1 - 0.5 * mouth.inner) * h.front)
 
-# %% ../nbs/01_faces.ipynb #cell-061
+# %% ../nbs/01_faces.ipynb #cell-062
 def paint_inside(h: Head, paint: Tensor, mouth: Maps) -> Tensor:
     "Dark, tongue, teeth: whatever the lips leave open."
     tongue = torch.sigmoid((h.Y - mouth.lower + 0.09) / 0.02) * mouth.arch
@@ -546,7 +546,7 @@ def paint_inside(h: Head, paint: Tensor, mouth: Maps) -> Tensor:
     inside = tint(inside, rgb(0.90, 0.88, 0.83, h.X), teeth)
     return tint(paint, inside * (0.6 + 0.4 * h.diffuse)[:, None], mouth.inner)
 
-# %% ../nbs/01_faces.ipynb #cell-064
+# %% ../nbs/01_faces.ipynb #cell-065
 def paint_folds(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     "Laugh lines, forehead lines, frown, nose wrinkle, bags and crow's feet."
     m, Y, A, p, old = h.m, h.Y, h.A, h.pixel, smoothstep(0.4, 1.0, h.m.age)
@@ -572,13 +572,13 @@ def paint_folds(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     rays = torch.remainder(Y + 0.01 - 0.25 * (side - 0.2), 0.06) - 0.03
     return crease(paint, stroke(rays, 0.014, p) * bump(side, Y, 0.23, 0.01, 0.07, 0.09), 0.35 * old + 0.6 * m.cheek, 0.6)
 
-# %% ../nbs/01_faces.ipynb #cell-065
+# %% ../nbs/01_faces.ipynb #cell-066
 def paint_beard(h: Head, ink: Maps, paint: Tensor, mouth: Maps) -> Tensor:
     "Three people in ten grow one (beard > 0.7)."
     area = smoothstep(0.35, 0.62, h.Y + 0.6 * (h.A - 0.1).clamp(0) ** 2 + 0.25 * h.A) * smoothstep(-0.20, 0.10, h.Z)
     return tint(paint, ink.hair * 0.9 + ink.skin * 0.1, 0.78 * smoothstep(0.70, 0.95, h.m.beard) * area * (1 - mouth.lips) * (1 - mouth.inner))
 
-# %% ../nbs/01_faces.ipynb #cell-066
+# %% ../nbs/01_faces.ipynb #cell-067
 def paint_hair(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     "Everything above a wavy hairline, and behind the ears; strands fan out from the crown."
     X, Y, m = h.X, h.Y, h.m
@@ -588,7 +588,7 @@ def paint_hair(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     strand = 0.85 + 0.13 * torch.sin(46 * angle + 2 * torch.sin(13 * angle)) + 0.07 * torch.sin(97 * angle + 6 * Y)
     return tint(paint, ink.hair * ((0.45 + 0.75 * h.diffuse) * strand)[:, None], area)
 
-# %% ../nbs/01_faces.ipynb #cell-067
+# %% ../nbs/01_faces.ipynb #cell-068
 def paint_glasses(h: Head, paint: Tensor) -> Tensor:
     "Three people in ten wear some (glasses > 0.7), half of them square ones: dark frames, or metal where they would not show on dark skin."
     m, p = h.m, h.pixel
@@ -602,7 +602,7 @@ def paint_glasses(h: Head, paint: Tensor) -> Tensor:
     colour = tint(rgb(0.66, 0.58, 0.44, h.X), rgb(0.07, 0.06, 0.07, h.X), smoothstep(0.30, 0.50, m.skin))
     return tint(paint, colour + 0.25 * h.specular[:, None], 0.92 * frame * worn)
 
-# %% ../nbs/01_faces.ipynb #cell-068
+# %% ../nbs/01_faces.ipynb #cell-069
 def paint_head(h: Head, ink: Maps) -> Tensor:  # (k 3)
     "All features in order; light falls on what is skin, the rest brings its own shade."
     mouth, eye = mouth_shape(h), eye_shape(h)
@@ -613,12 +613,12 @@ def paint_head(h: Head, ink: Maps) -> Tensor:  # (k 3)
     paint = paint_eyes(h, ink, paint_nose(h, paint_inside(h, paint, mouth)), eye)
     return paint_glasses(h, paint_hair(h, ink, paint_brows(h, ink, paint)))
 
-# %% ../nbs/01_faces.ipynb #cell-071
+# %% ../nbs/01_faces.ipynb #cell-072
 def layer(canvas: Tensor, alpha: Tensor, paint: Tensor, amount: Tensor) -> tuple[Tensor, Tensor]:
     "One more layer (n 3 h w) over a canvas, and the coverage (n h w) it adds to."
     return blend(canvas, paint, amount[:, None]), alpha + (1 - alpha) * amount
 
-# %% ../nbs/01_faces.ipynb #cell-072
+# %% ../nbs/01_faces.ipynb #cell-073
 def long_hair(h: Head, x: Tensor, y: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:  # shade, coverage: (n h w)
     "A rounded box behind the head for those with hair_length > 0.45; it swings a little with the head."
     x, length = x + 0.25 * h.R[:, 0, 2].view(-1, 1, 1), h.m.hair_length
@@ -628,7 +628,7 @@ def long_hair(h: Head, x: Tensor, y: Tensor, side: Tensor) -> tuple[Tensor, Tens
     shade = 0.55 + 0.07 * torch.sin(60 * x + 2 * torch.sin(3 * y)) + 0.05 * torch.sin(23 * x + y) + 0.1 * x * side
     return shade, cover(distance, h.pixel) * (length > 0.45)
 
-# %% ../nbs/01_faces.ipynb #cell-073
+# %% ../nbs/01_faces.ipynb #cell-074
 def neck_and_clothes(h: Head, x: Tensor, y: Tensor, side: Tensor) -> list:  # [(ink name, shade, coverage)]
     "The body does not turn; it carries the head."
     a = x.abs()
@@ -640,7 +640,7 @@ def neck_and_clothes(h: Head, x: Tensor, y: Tensor, side: Tensor) -> list:  # [(
         ("cloth", 0.85 - 0.25 * a / 1.75 + 0.12 * x * side + 0.04 * torch.sin(9 * x), cover(torch.maximum(shoulders, -collar), h.pixel)),
     ]
 
-# %% ../nbs/01_faces.ipynb #cell-074
+# %% ../nbs/01_faces.ipynb #cell-075
 def hair_and_ears(h: Head, y: Tensor, side: Tensor) -> list:
     "The volume of the hair behind the face, and the ears unless long hair hides them."
     width = h.m.face_width
@@ -652,7 +652,7 @@ def hair_and_ears(h: Head, y: Tensor, side: Tensor) -> list:
         layers.append(("skin", shade, cover(distance, h.pixel) * (h.m.hair_length < 0.75)))
     return layers
 
-# %% ../nbs/01_faces.ipynb #cell-075
+# %% ../nbs/01_faces.ipynb #cell-076
 def paint_person(
     i: Identity,
     e: Expression,
@@ -672,7 +672,7 @@ def paint_person(
     face = inside * smoothstep(-0.68, -0.60, h.Y) * smoothstep(-0.15, -0.05, h.Z)
     return develop(canvas, flat, paint, inside), alpha + (1 - alpha) * inside, face
 
-# %% ../nbs/01_faces.ipynb #cell-076
+# %% ../nbs/01_faces.ipynb #cell-077
 def paint_background(i: Identity, x: Tensor, y: Tensor) -> Tensor:  # (n 3 h w)
     "A muted wall, softly lit, with one edge in it."
     hue, value = i.background_hue.view(-1, 1, 1), i.background_value.view(-1, 1, 1)
@@ -681,7 +681,7 @@ def paint_background(i: Identity, x: Tensor, y: Tensor) -> Tensor:  # (n 3 h w)
     edge = torch.sigmoid((x * torch.cos(3 * hue) + 0.3 * y - 2 * value + 0.6) / 0.05)
     return (tone[:, :, None, None] * (light * (1 - 0.16 * edge))[:, None]).clamp(0, 1)
 
-# %% ../nbs/01_faces.ipynb #cell-077
+# %% ../nbs/01_faces.ipynb #cell-078
 FACE_PLACE = (0.0, -0.16, 0.62)  # where `render_face` puts the head: x, y and scale, the picture being two units high
 
 
@@ -693,18 +693,18 @@ def matched(identity: Identity, expression: Expression) -> tuple[Identity, Expre
         raise ValueError(f"want as many identities as expressions (or a single identity), got {len(identity)} and {len(expression)}")
     return identity, expression
 
-# %% ../nbs/01_faces.ipynb #cell-078
+# %% ../nbs/01_faces.ipynb #cell-079
 def in_chunks(n: int, pixels: int, budget: int = 65536) -> list[slice]:
     "Slices of a batch small enough that a map stays in the processor's cache (on a GPU the budget is larger)."
     step = max(1, budget // pixels)
     return [slice(k, min(k + step, n)) for k in range(0, n, step)]
 
-# %% ../nbs/01_faces.ipynb #cell-079
+# %% ../nbs/01_faces.ipynb #cell-080
 def chunk_budget(device) -> int:
     "Pixels a chunk: what fits a CPU's cache, or keeps a GPU busy."
     return 65536 if torch.device(device).type == "cpu" else 1 << 23
 
-# %% ../nbs/01_faces.ipynb #cell-080
+# %% ../nbs/01_faces.ipynb #cell-081
 @torch.no_grad()
 def render_face(
     identity: Identity,  # n people, or one for all
@@ -721,7 +721,7 @@ def render_face(
         pictures.append(paint_person(i, e, (x - cx) / scale, (y - cy) / scale, pixel, paint_background(i, x, y))[0])
     return torch.cat(pictures).clamp(0, 1) if pictures else torch.zeros(0, 3, size, size, device=device)
 
-# %% ../nbs/01_faces.ipynb #cell-090
+# %% ../nbs/01_faces.ipynb #cell-091
 CROP_TEMPLATE = torch.tensor([[0.3843, 0.27], [0.62, 0.2668], [0.503, 0.4185], [0.406, 0.5273], [0.5977, 0.525]])  # x, y as fractions of the crop (PAPER, section 2)
 
 
@@ -737,14 +737,14 @@ def five_points_3d(identity: Identity, expression: Expression) -> Tensor:  # (n 
     R, neck = rotation(expression.yaw, expression.pitch, expression.roll), NECK.to(X)
     return (torch.cat([X, Y, Z], 2) - neck) @ R.transpose(1, 2) + neck
 
-# %% ../nbs/01_faces.ipynb #cell-091
+# %% ../nbs/01_faces.ipynb #cell-092
 def face_landmarks(identity: Identity, expression: Expression) -> Tensor:  # (n 5 2) x, y as fractions of `render_face`'s picture
     "The five points in the pictures of `render_face`, exactly."
     cx, cy, scale = FACE_PLACE
     places = five_points_3d(identity, expression)[..., :2] * scale + torch.tensor([cx, cy]).to(expression.yaw)
     return (places + 1) / 2
 
-# %% ../nbs/01_faces.ipynb #cell-092
+# %% ../nbs/01_faces.ipynb #cell-093
 @torch.no_grad()
 def render_crops(
     identity: Identity,
@@ -769,7 +769,7 @@ def render_crops(
         crops.append(paint_person(identity[part], expression[part], X, Y, 1 / size / s, paint_background(identity[part], X * 0.62, Y * 0.62))[0])
     return torch.cat(crops).clamp(0, 1) * 2 - 1 if crops else torch.zeros(0, 3, size, size)
 
-# %% ../nbs/01_faces.ipynb #cell-095
+# %% ../nbs/01_faces.ipynb #cell-096
 @dataclass
 class Scene:
     "People and their places. Everyone shares the first person's background and light."
@@ -797,7 +797,7 @@ class Scene:
     def __len__(self):
         return len(self.identity)
 
-# %% ../nbs/01_faces.ipynb #cell-096
+# %% ../nbs/01_faces.ipynb #cell-097
 def head_places(scene: Scene, size: tuple[int, int]) -> Tensor:  # (p 3): x, y and scale in picture units (the picture is two high)
     "Where the heads' frames are. Scale is what a picture of that shape has room for."
     h, w = size
@@ -805,7 +805,7 @@ def head_places(scene: Scene, size: tuple[int, int]) -> Tensor:  # (p 3): x, y a
     scale = 0.62 * room * scene.place[:, 2]
     return torch.stack([(scene.place[:, 0] * 2 - 1) * w / h, scene.place[:, 1] + 0.45 * (1 - room), scale], 1)
 
-# %% ../nbs/01_faces.ipynb #cell-097
+# %% ../nbs/01_faces.ipynb #cell-098
 def mask_boxes(mask: Tensor) -> Tensor:  # (f 4) xyxy in pixels, right and bottom edges exclusive
     "Tight boxes around masks (f h w) > 0.5; all zero where a mask is empty."
     edges = []
@@ -816,7 +816,7 @@ def mask_boxes(mask: Tensor) -> Tensor:  # (f 4) xyxy in pixels, right and botto
     (x0, x1), (y0, y1) = edges[0].T, edges[1].T
     return torch.stack([x0, y0, x1, y1], 1).float()
 
-# %% ../nbs/01_faces.ipynb #cell-098
+# %% ../nbs/01_faces.ipynb #cell-099
 def paint_in_window(scene: Scene, k: int, motion: Expression, canvas: Tensor, owners: Tensor, size) -> Tensor:  # boxes (f 4)
     "Person k onto the canvas (f 3 h w), in place, painting only the columns and rows they can reach."
     (h, w), (cx, cy, scale) = size, head_places(scene, size)[k].tolist()
@@ -833,7 +833,7 @@ def paint_in_window(scene: Scene, k: int, motion: Expression, canvas: Tensor, ow
         boxes.append(box + torch.tensor([columns.start, rows.start] * 2).to(box) * (box.amax(1, keepdim=True) > 0))
     return torch.cat(boxes)
 
-# %% ../nbs/01_faces.ipynb #cell-099
+# %% ../nbs/01_faces.ipynb #cell-100
 @torch.no_grad()
 def render_scene(
     scene: Scene,
@@ -852,7 +852,7 @@ def render_scene(
         boxes[:, k] = paint_in_window(scene, k, motions[k], canvas, owners, size)
     return canvas.clamp(0, 1), boxes, owners
 
-# %% ../nbs/01_faces.ipynb #cell-102
+# %% ../nbs/01_faces.ipynb #cell-103
 def smooth_noise(frames: int, width: float, g: torch.Generator) -> Tensor:  # (frames,), unit variance
     "White noise blurred by a Gaussian of `width` frames."
     reach = max(1, int(3 * width))
@@ -860,7 +860,7 @@ def smooth_noise(frames: int, width: float, g: torch.Generator) -> Tensor:  # (f
     noise = torch.randn(1, 1, frames + 2 * reach, generator=g)
     return F.conv1d(noise, (kernel / kernel.norm())[None, None])[0, 0]
 
-# %% ../nbs/01_faces.ipynb #cell-103
+# %% ../nbs/01_faces.ipynb #cell-104
 def saccades(frames: int, fps: float, g: torch.Generator) -> Tensor:  # (frames,) in [-1, 1]
     "A gaze that rests for 0.3 to 1.5 seconds and jumps within one frame."
     curve, start = torch.zeros(frames), 0
@@ -870,7 +870,7 @@ def saccades(frames: int, fps: float, g: torch.Generator) -> Tensor:  # (frames,
         start += hold
     return curve
 
-# %% ../nbs/01_faces.ipynb #cell-104
+# %% ../nbs/01_faces.ipynb #cell-105
 def pulses(frames: int, fps: float, gaps: tuple, rise: float, fall: float, g: torch.Generator) -> Tensor:  # (frames,) in [0, 1]
     "Pulses at random gaps (seconds, low to high): a quick rise, a slower fall (seconds)."
     now, curve = torch.arange(frames) / fps, torch.zeros(frames)
@@ -882,7 +882,7 @@ def pulses(frames: int, fps: float, gaps: tuple, rise: float, fall: float, g: to
         start += gaps[0] + (gaps[1] - gaps[0]) * torch.rand(1, generator=g).item()
     return curve
 
-# %% ../nbs/01_faces.ipynb #cell-105
+# %% ../nbs/01_faces.ipynb #cell-106
 def random_motion(
     frames: int,
     seed: int,

@@ -7,12 +7,12 @@ __all__ = ['FlowPair', 'like', 'flow_pair', 'shift_time', 'uniform_times', 'logi
            'flow_loss', 'loss_per_bin', 'to_velocity', 'as_velocity', 'time_grid', 'euler', 'heun', 'multistep',
            'sample', 'guide', 'guided']
 
-# %% ../nbs/08_flow.ipynb #cell-003
+# %% ../nbs/08_flow.ipynb #cell-005
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/08_flow.ipynb #cell-006
+# %% ../nbs/08_flow.ipynb #cell-008
 class FlowPair(NamedTuple):
     "A place on the line between data and noise, and the direction of the line there."
     x_t: Tensor       # (b ...)
@@ -33,7 +33,7 @@ def flow_pair(
     t = like(t, x0)
     return FlowPair((1 - t) * x0 + t * noise, noise - x0)
 
-# %% ../nbs/08_flow.ipynb #cell-013
+# %% ../nbs/08_flow.ipynb #cell-015
 def shift_time(
     t: Tensor,      # any shape, in [0, 1]
     shift: float,   # s > 0; 1 changes nothing, above 1 moves towards the noise
@@ -59,7 +59,7 @@ def logit_normal_times(
     "n training times t = sigmoid(mean + std * normal), then shifted; the paper's choice."
     return shift_time(torch.sigmoid(mean + std * _draw(torch.randn, n, generator, device)), shift)
 
-# %% ../nbs/08_flow.ipynb #cell-016
+# %% ../nbs/08_flow.ipynb #cell-018
 class FlowLoss(NamedTuple):
     "A loss to step on, and what it is made of."
     loss: Tensor        # () weighted mean
@@ -98,7 +98,7 @@ def flow_loss(
         per_sample = (error.flatten(1) * w).sum(1) / w.sum(1).clamp_min(1e-12)
     return FlowLoss(per_sample.mean(), per_sample.detach(), t)
 
-# %% ../nbs/08_flow.ipynb #cell-020
+# %% ../nbs/08_flow.ipynb #cell-022
 def loss_per_bin(
     t: Tensor,           # (n,) times in [0, 1]
     per_sample: Tensor,  # (n,) losses
@@ -110,7 +110,7 @@ def loss_per_bin(
     total = torch.zeros(bins).index_add_(0, index, per_sample.detach().float().cpu())
     return (torch.arange(bins) + 0.5) / bins, total / count
 
-# %% ../nbs/08_flow.ipynb #cell-023
+# %% ../nbs/08_flow.ipynb #cell-025
 def to_velocity(
     x: Tensor,                     # (b ...) where we stand
     t: Tensor,                     # (b,) or () time
@@ -129,7 +129,7 @@ def as_velocity(model: Callable, prediction: str = "velocity") -> Callable:
     flow_target(torch.zeros(()), torch.zeros(()), prediction)
     return lambda x, t: to_velocity(x, t, model(x, t), prediction)
 
-# %% ../nbs/08_flow.ipynb #cell-026
+# %% ../nbs/08_flow.ipynb #cell-028
 def time_grid(
     steps: int,          # number of solver steps
     shift: float = 5.0,  # s of `shift_time`; the release uses 5
@@ -139,7 +139,7 @@ def time_grid(
     if steps < 1: raise ValueError(f"want at least 1 step, got {steps}")
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device), shift).float()
 
-# %% ../nbs/08_flow.ipynb #cell-031
+# %% ../nbs/08_flow.ipynb #cell-033
 def euler(
     velocity: Callable,                 # v(x (b ...), t (b,)) -> (b ...)
     x: Tensor,                          # (b ...) at time grid[0]
@@ -154,7 +154,7 @@ def euler(
         if progress: progress(i + 1, steps, x)
     return x
 
-# %% ../nbs/08_flow.ipynb #cell-034
+# %% ../nbs/08_flow.ipynb #cell-036
 def heun(velocity: Callable, x: Tensor, grid: Tensor, progress: Callable | None = None) -> Tensor:
     "Walk dx/dt = v with the mean of the slopes at both ends of a step (the step onto t = 0 is Euler's). As `euler`."
     steps = len(grid) - 1
@@ -166,7 +166,7 @@ def heun(velocity: Callable, x: Tensor, grid: Tensor, progress: Callable | None 
         if progress: progress(i + 1, steps, x)
     return x
 
-# %% ../nbs/08_flow.ipynb #cell-036
+# %% ../nbs/08_flow.ipynb #cell-038
 def multistep(velocity: Callable, x: Tensor, grid: Tensor, progress: Callable | None = None) -> Tensor:
     "Walk dx/dt = v along a line through the last two velocities (Adams-Bashforth, any grid): one evaluation a step, second order. As `euler`."
     steps, before = len(grid) - 1, None
@@ -177,7 +177,7 @@ def multistep(velocity: Callable, x: Tensor, grid: Tensor, progress: Callable | 
         if progress: progress(i + 1, steps, x)
     return x
 
-# %% ../nbs/08_flow.ipynb #cell-051
+# %% ../nbs/08_flow.ipynb #cell-053
 @torch.no_grad()
 def sample(
     model: Callable,                   # network or any (x, t) -> answer
@@ -197,7 +197,7 @@ def sample(
         noise = _draw(torch.randn, shape, generator, device)
     return solver(as_velocity(model, prediction), noise, time_grid(steps, shift), progress)
 
-# %% ../nbs/08_flow.ipynb #cell-063
+# %% ../nbs/08_flow.ipynb #cell-065
 def guide(
     v_no_expr: Tensor,                # (b ...) prompt, no expression
     v_expr: Tensor,                   # (b ...) prompt and expression
@@ -210,7 +210,7 @@ def guide(
     base = v_no_expr if v_uncond is None else v_uncond + g_text * (v_no_expr - v_uncond)
     return base + g * (v_expr - v_no_expr)
 
-# %% ../nbs/08_flow.ipynb #cell-066
+# %% ../nbs/08_flow.ipynb #cell-068
 def guided(
     v_no_expr: Callable,                             # (x (b ...), t (b,)) -> velocity: prompt, no expression
     v_expr: Callable,                                # the same: prompt and expression

@@ -14,7 +14,7 @@ __all__ = ['DIFFUSERS', 'KEPT', 'ORIGINAL', 'T5_NAMES', 'CLIP_NAMES', 'ADAPTER',
            'wan_pipeline', 'use_memory', 'Sizes', 'count_bytes', 'wan_sizes', 'predicted_peak', 'peak_of_forward',
            'dit_flops', 'introduce_blocks', 'first_block_cache']
 
-# %% ../nbs/13_pretrained.ipynb #cell-004
+# %% ../nbs/13_pretrained.ipynb #cell-005
 import html
 import json
 import math
@@ -43,7 +43,7 @@ from .regions import add_expression, attention_mask, face_regions, pool_regions
 from .tokens import ExpressionTokens, TokenConfig, window_tokens
 from .vae import VAEConfig, VideoVAE, encode_stream
 
-# %% ../nbs/13_pretrained.ipynb #cell-007
+# %% ../nbs/13_pretrained.ipynb #cell-008
 DIFFUSERS = (  # released names -> diffusers', tried in this order
     (r"^(text|time)_embedding\.(\d)", lambda m: f"condition_embedder.{m[1]}_embedder.linear_{int(m[2]) // 2 + 1}"),
     (r"^time_projection\.1", "condition_embedder.time_proj"),
@@ -68,7 +68,7 @@ def diffusers_name(name: str) -> str:
         name = re.sub(released, theirs, name)
     return name
 
-# %% ../nbs/13_pretrained.ipynb #cell-010
+# %% ../nbs/13_pretrained.ipynb #cell-011
 @cache
 def dit_names(layers: int) -> tuple[str, ...]:
     "Released names of an image-to-video DiT with so many blocks."
@@ -86,7 +86,7 @@ def convert_wan_dit(state: Mapping) -> dict:  # {name: anything} -> {released na
         raise ValueError(f"want names of Wan's image-to-video DiT, got {len(strange)} others: {', '.join(strange[:3])}")
     return {known[name]: state[full] for name, full in bare.items()}
 
-# %% ../nbs/13_pretrained.ipynb #cell-015
+# %% ../nbs/13_pretrained.ipynb #cell-016
 def flatten(tree: Mapping, before: str = "") -> dict[str, Tensor]:
     "Dictionaries of dictionaries -> one, with dots between the names. Raises ValueError for a leaf that is no tensor."
     flat = {}
@@ -134,7 +134,7 @@ class WeightFile:
         tensor = stored.to(device, dtype if stored.is_floating_point() else None)
         return tensor.clone() if tensor.data_ptr() % 64 else tensor
 
-# %% ../nbs/13_pretrained.ipynb #cell-020
+# %% ../nbs/13_pretrained.ipynb #cell-021
 def listed(names, most: int = 3) -> str:
     "A few of many names."
     names = sorted(names)
@@ -155,7 +155,7 @@ def check_shapes(found: Mapping[str, tuple], wanted: Mapping[str, tuple], where:
     if faults:
         raise ValueError(f"{where} does not hold what the model wants: {'; '.join(faults)}")
 
-# %% ../nbs/13_pretrained.ipynb #cell-023
+# %% ../nbs/13_pretrained.ipynb #cell-024
 KEPT = r"norm|modulation|time_"  # small, and everything depends on them: these keep the precision they are stored in
 
 
@@ -183,7 +183,7 @@ def load_into(
     model.load_state_dict(state, strict=wanted is None, assign=True)
     return model.eval()
 
-# %% ../nbs/13_pretrained.ipynb #cell-027
+# %% ../nbs/13_pretrained.ipynb #cell-028
 ORIGINAL = {
     "vae": "Wan2.1_VAE.pth",
     "text": "models_t5_umt5-xxl-enc-bf16.pth",
@@ -234,7 +234,7 @@ def find_wan(folder: str | Path) -> WanFiles:
         raise FileNotFoundError(f"{folder} is not whole, {len(missing)} missing: {listed(str(path.relative_to(folder)) for path in missing)}")
     return WanFiles(original, json.loads(config.read_text()), **files, tokenizer=tokenizer, folder=folder)
 
-# %% ../nbs/13_pretrained.ipynb #cell-029
+# %% ../nbs/13_pretrained.ipynb #cell-030
 def dit_config(config: Mapping, text_width: int, image_width: int | None) -> DiTConfig:
     "Dimensions, from config.json of either layout. Raises ValueError for a model that is not image-to-video."
     heads = config.get("num_heads") or config.get("num_attention_heads")
@@ -267,7 +267,7 @@ def load_dit(files: WanFiles, device="cpu", dtype: torch.dtype | None = torch.bf
     ours = {released_name(name, dit.blocks): name for name in dit.state_dict()}
     return load_into(dit, {ours.get(name, name): place for name, place in where.items()}, device, dtype, show=show)
 
-# %% ../nbs/13_pretrained.ipynb #cell-031
+# %% ../nbs/13_pretrained.ipynb #cell-032
 def vae_names(names) -> dict[str, str]:  # released names -> {diffusers' name: released name}
     "What diffusers calls the VAE's parameters, asked of its own converter. Imports diffusers."
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
@@ -294,7 +294,7 @@ def load_vae(files: WanFiles, device="cpu", dtype: torch.dtype | None = None) ->
     ours = {theirs.removeprefix("model."): name for name, theirs in zip(vae.state_dict(), vae.release_state_dict())}
     return load_into(vae, {ours.get(name, name): place for name, place in where.items()}, device, dtype, kept="$^").to(device)
 
-# %% ../nbs/13_pretrained.ipynb #cell-033
+# %% ../nbs/13_pretrained.ipynb #cell-034
 T5_NAMES = (  # Wan's umT5 -> transformers'
     (r"^token_embedding\.", "shared."),
     (r"^norm\.", "encoder.final_layer_norm."),
@@ -346,7 +346,7 @@ class Part(NamedTuple):
     def read(self, name: str, device="cpu", dtype: torch.dtype | None = None) -> Tensor:
         return self.file.read(name, device, dtype).chunk(self.of)[self.rows].reshape(self.shape).clone()
 
-# %% ../nbs/13_pretrained.ipynb #cell-034
+# %% ../nbs/13_pretrained.ipynb #cell-035
 def clip_pieces(found: dict) -> dict:
     "Wan's CLIP file under transformers' names: the joint q, k, v cut in three, two embeddings without their leading axes; no text half."
     cut = {}
@@ -370,7 +370,7 @@ def config_of(files: WanFiles, part: str) -> dict:
         raise FileNotFoundError(f"{path}: no such file")
     return {name: value for name, value in json.loads(path.read_text()).items() if name not in ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version")}
 
-# %% ../nbs/13_pretrained.ipynb #cell-035
+# %% ../nbs/13_pretrained.ipynb #cell-036
 def empty_of(kind: type, config) -> nn.Module:
     "A transformers model whose parameters have no numbers yet. Imports accelerate."
     from accelerate import init_empty_weights
@@ -417,7 +417,7 @@ def load_image_encoder(files: WanFiles, device="cpu", dtype: torch.dtype | None 
     before = "vision_model." if any(name.startswith("vision_model.") for name in model.state_dict()) else ""  # transformers 4 has it, 5 has not
     return load_into(model, {before + name: place for name, place in where.items()}, device, dtype, kept="$^").to(device)
 
-# %% ../nbs/13_pretrained.ipynb #cell-037
+# %% ../nbs/13_pretrained.ipynb #cell-038
 class Wan(NamedTuple):
     "What a folder of Wan2.1-I2V holds."
 
@@ -446,7 +446,7 @@ def load_wan(
         AutoTokenizer.from_pretrained(files.tokenizer, local_files_only=True),
     )
 
-# %% ../nbs/13_pretrained.ipynb #cell-039
+# %% ../nbs/13_pretrained.ipynb #cell-040
 ADAPTER = ("proj_model", "mouth_proj_model", "emo_proj_model", "ip_adapter")
 
 
@@ -493,7 +493,7 @@ def load_release_adapter(path: str | Path, device="cpu", dtype: torch.dtype | No
     memories = {name.removeprefix("ip_adapter."): file.read(stored, device, dtype) for name, (_, stored) in where.items() if name.startswith("ip_adapter.")}
     return Adapter(tokens, memories, Path(path))
 
-# %% ../nbs/13_pretrained.ipynb #cell-041
+# %% ../nbs/13_pretrained.ipynb #cell-042
 def encoder_config(shapes: Mapping[str, tuple]) -> ExpressionConfig:
     "Dimensions of a released expression encoder, from the shapes of its parameters."
     hidden, flat = shapes["model.fc.weight"]
@@ -516,7 +516,7 @@ def load_release_encoder(path: str | Path, device="cpu", ignore: str = "$^") -> 
     ours = dict(zip(encoder.release_state_dict(), encoder.state_dict()))
     return load_into(encoder, {ours.get(name, name): place for name, place in where.items()}, device, kept="$^").to(device)
 
-# %% ../nbs/13_pretrained.ipynb #cell-045
+# %% ../nbs/13_pretrained.ipynb #cell-046
 def save_pickle(tensors: Mapping, path: Path) -> None:
     "A dictionary of tensors, as .pth files hold it."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -546,7 +546,7 @@ def inverted(names: tuple, stored: str) -> str:
             return plain.format(*match.groups()) + stored[match.end() :]
     return stored
 
-# %% ../nbs/13_pretrained.ipynb #cell-046
+# %% ../nbs/13_pretrained.ipynb #cell-047
 def toy_networks(seed: int = 0, layers: int = 2) -> dict[str, nn.Module]:
     "Wan's four networks and the release's two, a few thousandths of their size, with random numbers. Imports transformers."
     from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
@@ -578,7 +578,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
 
-# %% ../nbs/13_pretrained.ipynb #cell-047
+# %% ../nbs/13_pretrained.ipynb #cell-048
 def write_original(folder: Path, networks: dict) -> None:
     "Wan's own layout."
     dit, c = networks["dit"], networks["dit"].config
@@ -634,7 +634,7 @@ def write_toy_wan(folder: str | Path, layout: str = "original", seed: int = 0, l
     save_pickle(networks["encoder"].release_state_dict(), folder / "pd_fpg.pth")
     return folder
 
-# %% ../nbs/13_pretrained.ipynb #cell-053
+# %% ../nbs/13_pretrained.ipynb #cell-054
 @torch.no_grad()
 def read_prompt(text_encoder: nn.Module, tokenizer: Callable, prompt: str = "", most: int = 512) -> Tensor:  # (1 n d), n <= most
     "umT5's tokens of a prompt; HTML entities and runs of blanks are cleaned as Wan does."
@@ -642,7 +642,7 @@ def read_prompt(text_encoder: nn.Module, tokenizer: Callable, prompt: str = "", 
     ids = tokenizer(clean, return_tensors="pt", truncation=True, max_length=most).input_ids.to(next(text_encoder.parameters()).device)
     return text_encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
-# %% ../nbs/13_pretrained.ipynb #cell-056
+# %% ../nbs/13_pretrained.ipynb #cell-057
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -655,7 +655,7 @@ def see_picture(image_encoder: nn.Module, picture: np.ndarray) -> Tensor:  # uin
     mean, std = (torch.tensor(z, device=x.device).view(3, 1, 1) for z in (CLIP_MEAN, CLIP_STD))
     return image_encoder(((x - mean) / std).to(like.dtype), output_hidden_states=True).hidden_states[-2]
 
-# %% ../nbs/13_pretrained.ipynb #cell-058
+# %% ../nbs/13_pretrained.ipynb #cell-059
 @torch.no_grad()
 def grey_film(vae: VideoVAE, picture: np.ndarray, frames: int) -> Tensor:  # uint8 (h w 3), latent frames t -> (1 4+c t h/8 w/8)
     "Wan's image condition: four mask channels (1 where a frame is given), and the latents of the picture followed by grey, encoded piece by piece."
@@ -667,7 +667,7 @@ def grey_film(vae: VideoVAE, picture: np.ndarray, frames: int) -> Tensor:  # uin
     mask[:, :, 0] = 1
     return torch.cat([mask, latents], 1)
 
-# %% ../nbs/13_pretrained.ipynb #cell-061
+# %% ../nbs/13_pretrained.ipynb #cell-062
 REGIONS = ("trained", "isolated", "release")
 
 
@@ -684,7 +684,7 @@ def people_mask(owners: Tensor, people: int, tokens: int, keep: Tensor, regions:
     background = (owners == 0)[..., None] & keep.repeat(1, people)[:, None]
     return (mask | background if regions == "trained" else mask)[None]
 
-# %% ../nbs/13_pretrained.ipynb #cell-064
+# %% ../nbs/13_pretrained.ipynb #cell-065
 class WanAnimator(nn.Module):
     "Wan's DiT with the release's expression memory: who hears what, and the velocity of a film of any length."
 
@@ -726,7 +726,7 @@ class WanAnimator(nn.Module):
 
         return velocity
 
-# %% ../nbs/13_pretrained.ipynb #cell-066
+# %% ../nbs/13_pretrained.ipynb #cell-067
 SIZES = {"480p": 480 * 832, "720p": 720 * 1280}
 
 
@@ -801,7 +801,7 @@ class WanPipeline(PortraitPipeline):
         "Latents, decoded piece by piece, without the portrait's own frame."
         latents = self.latents(cast, how, seed, show)
         with self.at_work(self.vae) as vae:
-            return decode_film(vae, latents.to(next(vae.parameters()).dtype), how.window)[: len(cast.films[0])]
+            return decode_film(vae, latents.to(next(vae.parameters()).dtype), how.window, self.watch)[: len(cast.films[0])]
 
     def denoise(self, condition, features, owners, text, image, how: PipelineConfig, seed: int, show: bool) -> Tensor:  # (1 c 1+n h w)
         "From noise to the film's latents."
@@ -809,9 +809,14 @@ class WanPipeline(PortraitPipeline):
         with first_block_cache(self.animator.dit, self.reuse) if self.reuse else nullcontext(nullcontext) as branch, tqdm(total=how.steps, desc="denoising", unit="step", disable=not show) as bar:
             velocity = self.animator.velocity(condition, features, owners, text, image, how, branch)
             guided_velocity = guided(lambda x, t: velocity(x, t, 0.0), velocity, how.guidance, how.interval)
-            return SOLVERS[how.solver](guided_velocity, noise, time_grid(how.steps, how.shift), lambda *_: bar.update())
 
-# %% ../nbs/13_pretrained.ipynb #cell-067
+            def count(*_):
+                bar.update()
+                self.watch("denoising", bar.n / how.steps)
+
+            return SOLVERS[how.solver](guided_velocity, noise, time_grid(how.steps, how.shift), count)
+
+# %% ../nbs/13_pretrained.ipynb #cell-068
 def wan_pipeline(
     folder: str | Path,  # Wan2.1-I2V-14B-480P or -720P, in Wan's own layout or diffusers'
     adapter: str | Path,  # fantasyportrait_model.ckpt, or .safetensors
@@ -839,7 +844,7 @@ def wan_pipeline(
     pipeline = WanPipeline(wan.vae, listener, animator.to(first), wan.text_encoder, wan.image_encoder, wan.tokenizer, settings, prompt, reuse)
     return use_memory(pipeline, memory, device)
 
-# %% ../nbs/13_pretrained.ipynb #cell-073
+# %% ../nbs/13_pretrained.ipynb #cell-074
 MEMORY = {
     "gpu": "everything on the GPU, all the time",
     "parts": "one network on the GPU at a time, the others in ordinary memory",
@@ -870,7 +875,7 @@ def use_memory(pipeline: WanPipeline, mode: str, device="cpu") -> WanPipeline:
         pipeline.streamed = True
     return pipeline
 
-# %% ../nbs/13_pretrained.ipynb #cell-075
+# %% ../nbs/13_pretrained.ipynb #cell-076
 class Sizes(NamedTuple):
     "Bytes that a film takes."
 
@@ -909,7 +914,7 @@ def predicted_peak(sizes: Sizes, mode: str) -> float:
     held = {"gpu": sizes.dit + sum(sizes.others.values()), "parts": sizes.dit, "float8": sizes.dit / 2, "groups": 3 * sizes.layer, "sequential": 2 * sizes.layer}
     return (held[mode] + sizes.memories + sizes.activations) / 1e9
 
-# %% ../nbs/13_pretrained.ipynb #cell-076
+# %% ../nbs/13_pretrained.ipynb #cell-077
 def peak_of_forward(dit: DiT, grid: tuple[int, int, int], **heard) -> int:  # bytes
     "Allocations of one forward at their highest, beyond weights and inputs, counted by PyTorch's profiler on the CPU."
     from torch.profiler import ProfilerActivity, profile
@@ -924,7 +929,7 @@ def peak_of_forward(dit: DiT, grid: tuple[int, int, int], **heard) -> int:  # by
         peak = max(peak, now)
     return peak
 
-# %% ../nbs/13_pretrained.ipynb #cell-081
+# %% ../nbs/13_pretrained.ipynb #cell-082
 def dit_flops(config: DiTConfig, grid: tuple[int, int, int], text: int = 2, image: int = 257, expression: int = 0) -> dict[str, int]:  # expression: tokens that a latent frame's tokens hear
     "Floating-point operations of one forward with prepared memories: twice the multiplications in every matrix product."
     n, d, layers = math.prod(grid), config.width, config.layers
@@ -938,7 +943,7 @@ def dit_flops(config: DiTConfig, grid: tuple[int, int, int], text: int = 2, imag
         "in, out and time": 2 * n * d * patch * (config.in_channels + config.out_channels) + 2 * d * (config.frequencies + d + 6 * d),
     }
 
-# %% ../nbs/13_pretrained.ipynb #cell-085
+# %% ../nbs/13_pretrained.ipynb #cell-086
 @cache
 def introduce_blocks() -> None:
     "Tell diffusers' caches what our block's arguments mean. Imports diffusers."

@@ -6,7 +6,7 @@
 __all__ = ['widen', 'box_masks', 'check_compat', 'face_regions', 'follow_boxes', 'count_pixels', 'pool_regions', 'give_token',
            'people_tokens', 'attention_mask', 'Guard', 'ExpressionAttention', 'add_expression']
 
-# %% ../nbs/07_regions.ipynb #cell-003
+# %% ../nbs/07_regions.ipynb #cell-005
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .core import zero_
 from .dit import DiT, attend
 
-# %% ../nbs/07_regions.ipynb #cell-007
+# %% ../nbs/07_regions.ipynb #cell-009
 def widen(boxes: Tensor, margin: float) -> Tensor:  # (... 4) -> (... 4)
     "Move every side outwards by a share of the box's width or height. Raises ValueError for a box without an area."
     extent = boxes[..., 2:] - boxes[..., :2]
@@ -33,13 +33,13 @@ def box_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:  # (f p 4) -> (f 
     rows, columns = (y + 1 > y1) & (y < y2), (x + 1 > x1) & (x < x2)
     return rows[..., :, None] & columns[..., None, :]
 
-# %% ../nbs/07_regions.ipynb #cell-009
+# %% ../nbs/07_regions.ipynb #cell-011
 def check_compat(compat: str | None) -> None:
     "Right, or as the release does it; anything else is a slip of the pen."
     if compat not in (None, "release"):
         raise ValueError(f'want compat=None or "release", got {compat!r}')
 
-# %% ../nbs/07_regions.ipynb #cell-010
+# %% ../nbs/07_regions.ipynb #cell-012
 def face_regions(
     boxes: Tensor,  # (f p 4) x1 y1 x2 y2 in pixels, for every frame; NaN where that face is absent
     size: tuple[int, int],  # h, w of the frames in pixels
@@ -56,7 +56,7 @@ def face_regions(
     front = (inside * depth[..., None, None]).max(1)
     return torch.where(front.values > 0, front.indices + 1, 0).to(torch.uint8)
 
-# %% ../nbs/07_regions.ipynb #cell-013
+# %% ../nbs/07_regions.ipynb #cell-015
 def follow_boxes(
     portrait: Tensor,  # (4,) the face in the portrait
     driver: Tensor,  # (f 4) the driver's face in every frame
@@ -72,7 +72,7 @@ def follow_boxes(
     half = extent(driver) * unit / 2
     return torch.cat([middle - half, middle + half], -1)
 
-# %% ../nbs/07_regions.ipynb #cell-017
+# %% ../nbs/07_regions.ipynb #cell-019
 def count_pixels(
     owners: Tensor,  # (f h w) integers, f = 4n + 1
     people: int,
@@ -88,7 +88,7 @@ def count_pixels(
     count = lambda z: torch.stack([(z == k).sum(-1) for k in range(people + 1)], -1)
     return torch.cat([count(cells(owners[:1], 1)), count(cells(owners[1:], 4))])
 
-# %% ../nbs/07_regions.ipynb #cell-019
+# %% ../nbs/07_regions.ipynb #cell-021
 def pool_regions(
     owners: Tensor,  # (f h w) integers, 0 = background
     people: int | None = None,  # None: the largest label
@@ -128,7 +128,7 @@ def give_token(pooled: Tensor, pixels: Tensor, frame: int, face: int) -> None:
     seen = f"{int(mine.sum())} pixels and no token of its own"
     raise ValueError(f"face {face} is too small or too hidden in latent frame {frame}: {seen}; want a larger picture")
 
-# %% ../nbs/07_regions.ipynb #cell-025
+# %% ../nbs/07_regions.ipynb #cell-027
 def people_tokens(
     tokens: list[Tensor],  # one (b t e d) per person, person 1 first
     compat: str | None = None,  # "release": last person first
@@ -142,7 +142,7 @@ def people_tokens(
             raise ValueError(f"want finite tokens, got NaN or infinity from person {person}: fill the frames without a face first")
     return torch.cat(tokens[::-1] if compat == "release" else tokens, 2)
 
-# %% ../nbs/07_regions.ipynb #cell-026
+# %% ../nbs/07_regions.ipynb #cell-028
 def attention_mask(
     owners: Tensor,  # (... t n) owner of each latent token
     people: int,
@@ -162,13 +162,13 @@ def attention_mask(
     mask = repeat(mine, "... p -> ... (p e)", e=tokens_per_person)
     return mask if keep is None else mask & repeat(keep, "t e -> t 1 (p e)", p=people)
 
-# %% ../nbs/07_regions.ipynb #cell-040
+# %% ../nbs/07_regions.ipynb #cell-042
 class Guard(NamedTuple):
     "Who may attend, and how strongly: made once in a forward, used by every block."
     bias: Tensor | None  # (b*t 1 n e): 0 = may, -inf = may not; rows that may see nothing are 0 throughout ...
     gate: Tensor | float  # (b t*n 1 1): ... and 0 here
 
-# %% ../nbs/07_regions.ipynb #cell-042
+# %% ../nbs/07_regions.ipynb #cell-044
 class ExpressionAttention(nn.Module):
     "The expression memory: each latent frame's tokens attend to that frame's expression tokens. Keys and values start at zero."
 
@@ -211,7 +211,7 @@ class ExpressionAttention(nn.Module):
         answer = attend(each, key, value, guard.bias)
         return rearrange(answer, "(b t) n k d -> b (t n) k d", t=frames) * guard.gate
 
-# %% ../nbs/07_regions.ipynb #cell-057
+# %% ../nbs/07_regions.ipynb #cell-059
 def add_expression(
     dit: DiT,
     token_width: int,  # width of the expression tokens

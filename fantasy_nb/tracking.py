@@ -9,7 +9,7 @@ __all__ = ['FIVE', 'TEMPLATE', 'RIGID', 'SCALES', 'quiet', 'to_pixels', 'face_me
            'FaceTrack', 'fill', 'to_track', 'track_faces', 'draw_tracks', 'align_crop', 'head_pose', 'angles',
            'lengths', 'measure_expression']
 
-# %% ../nbs/02_tracking.ipynb #cell-004
+# %% ../nbs/02_tracking.ipynb #cell-005
 import itertools
 import os
 import warnings
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .core import as_frames
 
-# %% ../nbs/02_tracking.ipynb #cell-007
+# %% ../nbs/02_tracking.ipynb #cell-008
 @contextmanager
 def quiet():
     "Hold back what MediaPipe's C++ side prints on the error stream; Python's errors are raised, so they still arrive."
@@ -38,7 +38,7 @@ def quiet():
         os.close(kept)
         os.close(nothing)
 
-# %% ../nbs/02_tracking.ipynb #cell-009
+# %% ../nbs/02_tracking.ipynb #cell-010
 def to_pixels(
     faces,  # MediaPipe's lists of landmarks, or None: x, y, z as fractions of the picture
     size: tuple[int, int],  # (h, w) in pixels
@@ -48,7 +48,7 @@ def to_pixels(
     points = [[(p.x * w, p.y * h, p.z * w) for p in face] for face in faces or []]
     return np.array(points, np.float32).reshape(-1, 478, 3)
 
-# %% ../nbs/02_tracking.ipynb #cell-011
+# %% ../nbs/02_tracking.ipynb #cell-012
 @contextmanager
 def face_mesh(
     max_faces: int,  # at most this many meshes a frame
@@ -66,7 +66,7 @@ def face_mesh(
 
         yield find
 
-# %% ../nbs/02_tracking.ipynb #cell-017
+# %% ../nbs/02_tracking.ipynb #cell-018
 @contextmanager
 def face_landmarker(
     max_faces: int,  # at most this many meshes a frame
@@ -95,7 +95,7 @@ def face_landmarker(
 
         yield find
 
-# %% ../nbs/02_tracking.ipynb #cell-020
+# %% ../nbs/02_tracking.ipynb #cell-021
 def settled(
     before: np.ndarray,  # (m 478 3) pixels
     after: np.ndarray,  # (k 478 3)
@@ -126,7 +126,7 @@ def mesh_view(
             answers.append(looks[-1])
     return [meshes + np.float32([x, y, 0]) for meshes in answers]
 
-# %% ../nbs/02_tracking.ipynb #cell-024
+# %% ../nbs/02_tracking.ipynb #cell-025
 def mesh_boxes(
     meshes,  # (... 478 3) pixels
 ) -> np.ndarray:  # (... 4) x0 y0 x1 y1, pixels
@@ -144,7 +144,7 @@ def overlap(
     area = lambda box: (box[..., 2:] - box[..., :2]).clip(1e-6).prod(-1)
     return (upper - lower).clip(0).prod(-1) / np.minimum(area(a), area(b))
 
-# %% ../nbs/02_tracking.ipynb #cell-025
+# %% ../nbs/02_tracking.ipynb #cell-026
 def one_mesh_per_face(
     meshes: np.ndarray,  # (m 478 3) pixels
     limit: float = 0.4,  # boxes that share more than this of the smaller are one face
@@ -156,7 +156,7 @@ def one_mesh_per_face(
             kept.append(i)
     return meshes[kept]
 
-# %% ../nbs/02_tracking.ipynb #cell-028
+# %% ../nbs/02_tracking.ipynb #cell-029
 def tiles(
     size: tuple[int, int],  # (h, w)
     levels: int = 3,  # 1x1, 2x2 and 3x3 tiles
@@ -187,7 +187,7 @@ def detect_faces(
                 boxes.append(np.concatenate([corner, corner + [box.width, box.height]]) * np.tile(scale, 2) + np.tile([x0, y0], 2))
     return np.array(boxes).reshape(-1, 4)
 
-# %% ../nbs/02_tracking.ipynb #cell-029
+# %% ../nbs/02_tracking.ipynb #cell-030
 def grow(
     box: np.ndarray,  # (4) x0 y0 x1 y1
     margin: float,  # of the box's larger side, on every side
@@ -230,7 +230,7 @@ def find_meshes(
         meshes = [np.concatenate(found) for found in zip(meshes, *closer)]
     return [one_mesh_per_face(found) for found in meshes]
 
-# %% ../nbs/02_tracking.ipynb #cell-039
+# %% ../nbs/02_tracking.ipynb #cell-040
 def look_of(
     frame: np.ndarray,  # uint8 (h w 3)
     mesh: np.ndarray,  # (478 3) pixels
@@ -251,7 +251,7 @@ def look_distance(
     "How different two looks are."
     return float(np.linalg.norm((a - b).reshape(-1, 3), axis=-1).mean())
 
-# %% ../nbs/02_tracking.ipynb #cell-041
+# %% ../nbs/02_tracking.ipynb #cell-042
 FIVE = [468, 473, 1, 61, 291]  # left and right pupil, nose tip, left and right mouth corner: image left to right
 TEMPLATE = torch.tensor([[0.3843, 0.27], [0.62, 0.2668], [0.503, 0.4185], [0.406, 0.5273], [0.5977, 0.525]])  # fractions of the crop
 
@@ -263,7 +263,7 @@ def five_points(
     landmarks = torch.as_tensor(getattr(track, "landmarks", track))
     return landmarks[..., FIVE, :2]
 
-# %% ../nbs/02_tracking.ipynb #cell-042
+# %% ../nbs/02_tracking.ipynb #cell-043
 def umeyama(
     src: Tensor,  # (... n d) points
     dst: Tensor,  # (... n d) where they shall come to lie
@@ -282,7 +282,7 @@ def umeyama(
     cR = c[..., None, None] * R
     return torch.cat([cR, mu_y.mT - cR @ mu_x.mT], -1)
 
-# %% ../nbs/02_tracking.ipynb #cell-047
+# %% ../nbs/02_tracking.ipynb #cell-048
 def warp(
     frame: np.ndarray,  # uint8 (h w 3)
     matrix,  # (2 3): pixels of the picture -> pixels of the crop, both measured from the corner
@@ -298,7 +298,7 @@ def warp(
     crop = cv2.warpAffine(frame, matrix, (size * fine, size * fine), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return crop if fine == 1 else cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
 
-# %% ../nbs/02_tracking.ipynb #cell-054
+# %% ../nbs/02_tracking.ipynb #cell-055
 def centre(mesh: np.ndarray) -> np.ndarray:
     "The middle of a mesh, pixels."
     return mesh[:, :2].mean(0)
@@ -327,7 +327,7 @@ class Person:
         "Centre at `frame` if the head keeps its speed; after ten frames it is thought to have stopped."
         return centre(self.meshes[-1]) + self.speed * min(frame - self.frames[-1], 10)
 
-# %% ../nbs/02_tracking.ipynb #cell-056
+# %% ../nbs/02_tracking.ipynb #cell-057
 def cost(
     person: Person,
     frame: int,
@@ -362,7 +362,7 @@ def link(
             match[m].see(i, mesh, looks[m], clear)
     return people
 
-# %% ../nbs/02_tracking.ipynb #cell-059
+# %% ../nbs/02_tracking.ipynb #cell-060
 @dataclass
 class FaceTrack:
     "One person's face through a video: where it is in every frame, and whether it was seen there or filled in."
@@ -391,7 +391,7 @@ class FaceTrack:
         seen = f"seen in {int(self.present.sum())} of {len(self)} frames"
         return f"FaceTrack({seen}, face {x1 - x0:.0f}x{y1 - y0:.0f} at x {x0:.0f}, y {y0:.0f} of {self.size[1]}x{self.size[0]})"
 
-# %% ../nbs/02_tracking.ipynb #cell-061
+# %% ../nbs/02_tracking.ipynb #cell-062
 def fill(
     frames,  # (n,) numbers of the frames seen, growing
     values: np.ndarray,  # (n ...) what was seen there
@@ -417,7 +417,7 @@ def to_track(
     present[person.frames] = True
     return FaceTrack(torch.from_numpy(mesh_boxes(landmarks)), torch.from_numpy(landmarks), present, tuple(size), fps)
 
-# %% ../nbs/02_tracking.ipynb #cell-064
+# %% ../nbs/02_tracking.ipynb #cell-065
 def track_faces(
     frames,  # uint8 (f h w 3) or float (f 3 h w) in [0, 1]; a still picture is a video of one frame
     max_people: int = 5,  # keep at most this many: those seen longest, the larger first
@@ -440,7 +440,7 @@ def track_faces(
     tracks = [to_track(person, len(pictures), pictures.shape[1:3], fps) for person in kept]
     return sorted(tracks, key=lambda track: float((track.boxes[:, 0] + track.boxes[:, 2]).median()))
 
-# %% ../nbs/02_tracking.ipynb #cell-067
+# %% ../nbs/02_tracking.ipynb #cell-068
 def draw_tracks(
     frames,  # uint8 (f h w 3) or float (f 3 h w) in [0, 1]
     tracks: list[FaceTrack],
@@ -455,7 +455,7 @@ def draw_tracks(
             cv2.rectangle(picture, box[:2], box[2:], colour, 1 + seen * max(picture.shape[0] // 128, 1))
     return pictures
 
-# %% ../nbs/02_tracking.ipynb #cell-071
+# %% ../nbs/02_tracking.ipynb #cell-072
 def align_crop(
     frames,  # uint8 (f h w 3) or float (f 3 h w) in [0, 1]
     track: FaceTrack,
@@ -472,7 +472,7 @@ def align_crop(
     crops = np.stack([warp(picture, matrix, size) for picture, matrix in zip(pictures, matrices.numpy())])
     return torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-# %% ../nbs/02_tracking.ipynb #cell-075
+# %% ../nbs/02_tracking.ipynb #cell-076
 RIGID = {  # the mean face looking straight ahead: x right, y down, z away from the camera; outer eye corners 1 apart
     33: (-0.50, 0.00, 0.00), 133: (-0.18, 0.03, -0.06), 362: (0.18, 0.03, -0.06), 263: (0.50, 0.00, 0.00),  # eye corners
     168: (0.00, -0.03, -0.23), 6: (0.00, 0.07, -0.27), 197: (0.00, 0.15, -0.32),  # down the bridge of the nose
@@ -501,7 +501,7 @@ def angles(
     roll = torch.atan2(R[..., 1, 0], R[..., 0, 0])
     return {"yaw": torch.rad2deg(yaw), "pitch": torch.rad2deg(pitch), "roll": torch.rad2deg(roll)}
 
-# %% ../nbs/02_tracking.ipynb #cell-078
+# %% ../nbs/02_tracking.ipynb #cell-079
 def lengths(
     face: Tensor,  # (... 478 3), turned to the front, outer eye corners 1 apart
 ) -> dict[str, Tensor]:  # (...)
@@ -526,7 +526,7 @@ def lengths(
         "brow_raise": y(*corners) - y(63, 66, 105, 293, 296, 334),
     }
 
-# %% ../nbs/02_tracking.ipynb #cell-080
+# %% ../nbs/02_tracking.ipynb #cell-081
 SCALES = {  # length at factor 0 and at factor 1, mean of ten synthetic people
     "gaze_x": (0.0, 0.036), "gaze_y": (0.0055, 0.015), "blink_left": (0.12, 0.0), "blink_right": (0.12, 0.0),
     "mouth_open": (0.24, 0.47), "mouth_wide": (0.58, 0.65), "smile": (-0.02, 0.08), "pucker": (0.52, 0.33), "brow_raise": (0.30, 0.40),

@@ -12,7 +12,7 @@ __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'EVERYTHING',
            'held_out_loss', 'check_run', 'one_step', 'train', 'append_log', 'Watcher', 'build_parser', 'main',
            'start_processes', 'fingerprint', 'stamp_cache', 'fill_caches', 'load_animator', 'run_stage', 'run_training']
 
-# %% ../nbs/10_train.ipynb #cell-004
+# %% ../nbs/10_train.ipynb #cell-005
 import argparse
 import copy
 import csv
@@ -46,7 +46,7 @@ from .regions import add_expression, attention_mask, face_regions, pool_regions
 from .tokens import ExpressionTokens, TokenConfig, window_tokens
 from .vae import VideoVAE
 
-# %% ../nbs/10_train.ipynb #cell-007
+# %% ../nbs/10_train.ipynb #cell-008
 def image_condition(
     portrait: Tensor,  # (b c 1 h w) latents of the portrait
     frames: int,  # latent frames t of the clip
@@ -58,7 +58,7 @@ def image_condition(
     later = portrait if hold else torch.zeros_like(portrait)
     return torch.cat([mask, torch.cat([portrait, later.expand(-1, -1, frames - 1, -1, -1)], 2)], 1)
 
-# %% ../nbs/10_train.ipynb #cell-008
+# %% ../nbs/10_train.ipynb #cell-009
 def new_tokens(config: TokenConfig) -> ExpressionTokens:
     "Expression tokens that tell a window's four frames apart from the first step on."
     tokens = ExpressionTokens(config)
@@ -146,7 +146,7 @@ class Animator(nn.Module):
         self.dit = DiT.from_pretrained(folder / "dit", add_expression, torch.float32, device)
         return self.eval()
 
-# %% ../nbs/10_train.ipynb #cell-011
+# %% ../nbs/10_train.ipynb #cell-012
 FACE_WEIGHT, MOUTH_WEIGHT, GIVEN_WEIGHT = 4.0, 8.0, 0.25
 
 
@@ -158,7 +158,7 @@ def paint_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:  # (... p 4) in
     y = (torch.minimum(edges[1] + 1, boxes[..., 3, None]) - torch.maximum(edges[1], boxes[..., 1, None])).clamp(0, 1)
     return (y[..., :, None] * x[..., None, :]).amax(-3)
 
-# %% ../nbs/10_train.ipynb #cell-012
+# %% ../nbs/10_train.ipynb #cell-013
 def place_weight(
     boxes: Tensor,  # (... p 4) true face boxes in pixels
     size: tuple[int, int],  # h, w of the latents
@@ -180,7 +180,7 @@ def loss_weight(
     later = rearrange(weight[:, 1:], "b (t k) h w -> b t k h w", k=4).mean(2)
     return torch.cat([GIVEN_WEIGHT * weight[:, :1], later], 1)[:, None]
 
-# %% ../nbs/10_train.ipynb #cell-013
+# %% ../nbs/10_train.ipynb #cell-014
 @torch.no_grad()
 def channel_weights(vae: VideoVAE) -> Tensor:  # (c 1 1 1), mean 1
     "How much a unit of each latent channel changes the picture (mean square): weighted so, errors of latents count as errors of pixels."
@@ -190,7 +190,7 @@ def channel_weights(vae: VideoVAE) -> Tensor:  # (c 1 1 1), mean 1
     change = [(vae.decode(middle + F.one_hot(torch.tensor(k), c).to(middle).view(1, c, 1, 1, 1)) - picture).square().mean() for k in range(c)]
     return (torch.stack(change) / torch.stack(change).mean()).view(c, 1, 1, 1)
 
-# %% ../nbs/10_train.ipynb #cell-014
+# %% ../nbs/10_train.ipynb #cell-015
 TOKEN = 8 * DiTConfig.tiny().patch[1]  # pixels: the VAE's blocks are 8 wide
 
 
@@ -205,7 +205,7 @@ def owners_from_portrait(
     owners = pool_regions(regions, len(boxes), token)
     return owners if frames == 1 else torch.cat([owners[:1], owners[1:].expand((frames - 1) // 4, -1)])
 
-# %% ../nbs/10_train.ipynb #cell-019
+# %% ../nbs/10_train.ipynb #cell-020
 def as_stored(latents: Tensor, features: Tensor, owners: Tensor, weight: Tensor) -> dict[str, Tensor]:
     "Half precision, on the CPU."
     parts = {"latents": latents.half(), "features": features.half(), "owners": owners, "weight": weight.half()}
@@ -223,7 +223,7 @@ def encode_clip(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder, token: in
     owners = owners_from_portrait(clip.boxes[0], clip.frames.shape[-2:], f, token)
     return as_stored(latents, features, owners, loss_weight(batch["boxes"], tuple(latents.shape[-2:]))[0])
 
-# %% ../nbs/10_train.ipynb #cell-022
+# %% ../nbs/10_train.ipynb #cell-023
 @torch.no_grad()
 def encode_stills(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder, token: int = TOKEN) -> dict[str, Tensor]:
     "Of m moments: latents (c m h w), each encoded alone; features (p m 554); owners (1 n); weight (1 m h w)."
@@ -242,7 +242,7 @@ def pick_moments(batch: dict[str, Tensor], g: torch.Generator, count: int = 2) -
     repeated = {"portrait": batch["latents"][:, :, :1], "owners": batch["owners"]}
     return alone | {name: value.repeat_interleave(len(picked), 0) for name, value in repeated.items()}
 
-# %% ../nbs/10_train.ipynb #cell-023
+# %% ../nbs/10_train.ipynb #cell-024
 def mirrored(clip: Clip, seed: int) -> Clip:
     "The clip in a mirror and under another lamp: drawing costs more than learning, so each drawing is used twice."
     g, (x0, y0, x1, y1) = torch.Generator().manual_seed(seed), clip.boxes.unbind(-1)
@@ -250,7 +250,7 @@ def mirrored(clip: Clip, seed: int) -> Clip:
     frames = (clip.frames.flip(-1) * gain.to(clip.frames.device)).clamp(0, 255).to(torch.uint8)
     return Clip(frames, torch.stack([width - x1, y0, width - x0, y1], -1), clip.crops.flip(-1), [])
 
-# %% ../nbs/10_train.ipynb #cell-024
+# %% ../nbs/10_train.ipynb #cell-025
 def encode_clips(
     clips,  # an indexable of Clip
     count: int,  # how many of them
@@ -279,7 +279,7 @@ def encode_clips(
                     save_file(rows, part)
             bar.update(stop - start)
 
-# %% ../nbs/10_train.ipynb #cell-025
+# %% ../nbs/10_train.ipynb #cell-026
 class LatentClips:
     "The cache in memory. A batch is a pure function of the step, so that a resumed run sees what the broken one would have seen."
 
@@ -316,7 +316,7 @@ class LatentClips:
         "A random batch."
         return self.stack(self.draw(size, g))
 
-# %% ../nbs/10_train.ipynb #cell-027
+# %% ../nbs/10_train.ipynb #cell-028
 @dataclass(frozen=True)
 class TrainConfig:
     "What a training run is; the same config and seed give the same weights on the same machine."
@@ -346,12 +346,12 @@ class TrainConfig:
         end = max(1, round(self.decay * self.steps))
         return self.lr * min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / end))
 
-# %% ../nbs/10_train.ipynb #cell-028
+# %% ../nbs/10_train.ipynb #cell-029
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     "All randomness of one step (in one process) comes from here."
     return torch.Generator().manual_seed(seed * 10_000_019 + step + rank * 1_000_000_007)
 
-# %% ../nbs/10_train.ipynb #cell-032
+# %% ../nbs/10_train.ipynb #cell-033
 def pixel_decoder(vae: VideoVAE):  # latents (b c t h w) -> video (b 3 f 8h 8w)
     "The quickest way to pixels that gradients can take: the linear code where the VAE has one, else all of its decoder. Freezes the VAE."
     vae.requires_grad_(False)
@@ -373,7 +373,7 @@ def weight_of_pixels(weight: Tensor) -> Tensor:  # (b 1 t h w) -> (b 1 4(t-1)+1 
     weight = weight.repeat_interleave(8, -1).repeat_interleave(8, -2)
     return torch.cat([weight[:, :, :1], weight[:, :, 1:].repeat_interleave(4, 2)], 2)
 
-# %% ../nbs/10_train.ipynb #cell-033
+# %% ../nbs/10_train.ipynb #cell-034
 def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainConfig, g: torch.Generator, decode=None):
     "Flow-matching loss of one batch (chapter 08's `flow_loss`), weighted by `batch['weight']`; `decode` (of `pixel_decoder`) where the loss is of pixels."
     stills = batch["features"].shape[2] == batch["latents"].shape[2]
@@ -393,7 +393,7 @@ def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainCon
         return flow_loss(model, latents, t, noise, config.prediction, batch["weight"])
     return flow_loss(model, latents, t, noise, "clean", weight_of_pixels(batch["weight"]), measure=absolute_errors(decode))
 
-# %% ../nbs/10_train.ipynb #cell-036
+# %% ../nbs/10_train.ipynb #cell-037
 class EMA:
     "A moving average of the weights: smoother than the weights themselves, and what is shipped."
 
@@ -407,7 +407,7 @@ class EMA:
         state, self.steps = model.state_dict(), step + 1
         get_ema_multi_avg_fn(decay)([self.shadow[name] for name in state], list(state.values()), None)
 
-# %% ../nbs/10_train.ipynb #cell-038
+# %% ../nbs/10_train.ipynb #cell-039
 def make_accelerator():
     "Accelerate's view of this process: alone, or one of several. Imports accelerate."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -425,7 +425,7 @@ def spread_like(state: dict, like: dict) -> dict:
     spread = lambda x, y: distribute_tensor(x.to(y.device), y.device_mesh, y.placements) if isinstance(y, DTensor) else x  # noqa: E731
     return {name: spread(value, like[name]) for name, value in state.items()}
 
-# %% ../nbs/10_train.ipynb #cell-039
+# %% ../nbs/10_train.ipynb #cell-040
 EVERYTHING = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered, on the CPU, in the first process
 
 
@@ -438,7 +438,7 @@ def save_checkpoint(path: Path, step: int, animator: Animator, optimizer, ema: E
         with atomic(path) as part:
             torch.save(state, part)
 
-# %% ../nbs/10_train.ipynb #cell-040
+# %% ../nbs/10_train.ipynb #cell-041
 def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config: TrainConfig) -> int:  # the next step
     "Restore a run in place. Raises ValueError where the file is broken or the config another."
     state = read_checkpoint(path)
@@ -451,7 +451,7 @@ def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config:
     ema.steps, ema.shadow = state["step"], spread_like({k: v.clone() for k, v in state["ema"].items()}, ema.shadow)
     return state["step"]
 
-# %% ../nbs/10_train.ipynb #cell-042
+# %% ../nbs/10_train.ipynb #cell-043
 def carries_expression(name: str) -> bool:
     "Is this parameter of the animator part of the expression's way (tokens and expression memories), or of the base?"
     return name.startswith("tokens.") or ".memories.expression." in name
@@ -478,7 +478,7 @@ def forget_expression(animator: Animator) -> Animator:
         nn.init.xavier_uniform_(memory.key.weight), nn.init.zeros_(memory.value.weight)
     return animator
 
-# %% ../nbs/10_train.ipynb #cell-043
+# %% ../nbs/10_train.ipynb #cell-044
 @torch.no_grad()
 def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], config: TrainConfig, decode=None) -> float:
     "Mean loss of some clips at fixed times and noise, one clip at a time."
@@ -489,7 +489,7 @@ def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], co
         losses.append(animator_loss(animator, batch, replace(config, drop_expression=0.0, drop_image=0.0), g, decode).loss.item())
     return sum(losses) / len(losses)
 
-# %% ../nbs/10_train.ipynb #cell-045
+# %% ../nbs/10_train.ipynb #cell-046
 def check_run(config: TrainConfig, world: int, decode) -> None:
     "Raise ValueError for settings that cannot be trained with."
     if config.batch % world:
@@ -497,7 +497,7 @@ def check_run(config: TrainConfig, world: int, decode) -> None:
     if config.loss not in ("latents", "pixels") or (config.loss == "pixels" and (decode is None or config.prediction != "clean")):
         raise ValueError(f'want loss="latents", or loss="pixels" with prediction="clean" and a decoder, got {config.loss!r}, {config.prediction!r}, decode={decode}')
 
-# %% ../nbs/10_train.ipynb #cell-046
+# %% ../nbs/10_train.ipynb #cell-047
 def one_step(model, optimizer, batch: dict[str, Tensor], config: TrainConfig, step: int, accelerator, decode) -> tuple:  # FlowLoss, gradient norm
     "Loss, gradients (averaged over processes), a step of the optimiser. Raises FloatingPointError for a loss that is not a number."
     for group in optimizer.param_groups:
@@ -511,7 +511,7 @@ def one_step(model, optimizer, batch: dict[str, Tensor], config: TrainConfig, st
     optimizer.step()
     return out, norm
 
-# %% ../nbs/10_train.ipynb #cell-047
+# %% ../nbs/10_train.ipynb #cell-048
 def train(
     animator: Animator,
     clips: LatentClips,
@@ -560,7 +560,7 @@ def train(
             break
     return ema
 
-# %% ../nbs/10_train.ipynb #cell-048
+# %% ../nbs/10_train.ipynb #cell-049
 LOGGED = ("step", "loss", "gradient_norm", "seconds", *(f"loss_{k}_to_{k + 25}" for k in (0, 25, 50, 75)))
 
 
@@ -573,7 +573,7 @@ def append_log(path: Path, rows: list[tuple]) -> None:
         writer = csv.writer(handle)
         writer.writerows(([LOGGED] if new else []) + rows)
 
-# %% ../nbs/10_train.ipynb #cell-056
+# %% ../nbs/10_train.ipynb #cell-057
 PICTURES = {  # what is drawn, how it is encoded, how many scenes
     "tiny": {
         "stills": (ClipConfig(frames=5, stills=True), encode_stills, 3450),
@@ -595,7 +595,7 @@ STAGES = {  # what to learn from, and how
 }
 ONE_AFTER_THE_OTHER = ("small", "stills", "clips", "mixed")  # what `fantasy-train` does if no stage is named; tiny has no small pictures and begins with stills
 
-# %% ../nbs/10_train.ipynb #cell-065
+# %% ../nbs/10_train.ipynb #cell-066
 class Watcher:
     "Pictures (and, where asked for, TensorBoard) of a run while it goes on."
 
@@ -667,7 +667,7 @@ class Watcher:
         if self.writer:
             self.writer.close()
 
-# %% ../nbs/10_train.ipynb #cell-068
+# %% ../nbs/10_train.ipynb #cell-069
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = OneLineParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic or curated clips; VAE and encoder weights must exist.")
@@ -697,7 +697,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="write the averaged weights and the parts they need here, for `fantasy-animate --weights` (default: RUN/weights)")
     return parser
 
-# %% ../nbs/10_train.ipynb #cell-069
+# %% ../nbs/10_train.ipynb #cell-070
 def main(arguments=None) -> int:
     "`fantasy-train`: encode clips, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -727,7 +727,7 @@ def start_processes(count: int, arguments: list[str], entry=main) -> int:
         said = error.get_first_failure()[1].message
         raise ValueError(f"a process stopped: {said['message'] if isinstance(said, dict) else said}") from None
 
-# %% ../nbs/10_train.ipynb #cell-071
+# %% ../nbs/10_train.ipynb #cell-072
 def fingerprint(module: nn.Module) -> str:
     "Of a network's weights: sixteen hexadecimal digits."
     digest = hashlib.sha256()
@@ -751,7 +751,7 @@ def stamp_cache(folder: Path, made_of: dict, write: bool = True) -> None:
         with atomic(path) as part:
             part.write_text(json.dumps(made_of, indent=2))
 
-# %% ../nbs/10_train.ipynb #cell-072
+# %% ../nbs/10_train.ipynb #cell-073
 def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoVAE, encoder: ExpressionEncoder, token: int, device, rank: int, world: int) -> list[Path]:
     "Draw and encode what is not there yet; the folders to learn from."
     folders, parts = [], {"vae": fingerprint(vae), "encoder": fingerprint(encoder)}

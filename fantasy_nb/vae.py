@@ -10,7 +10,7 @@ __all__ = ['FrameCache', 'RELEASED_NAMES', 'check_video', 'check_latents', 'to_b
            'measure_latents', 'channel_cost', 'in_pieces', 'alike', 'encode_stream', 'decode_stream', 'spans', 'ramp',
            'blend_tiles', 'check_tiles', 'encode_tiled', 'decode_tiled']
 
-# %% ../nbs/05_vae.ipynb #cell-003
+# %% ../nbs/05_vae.ipynb #cell-005
 import json
 import math
 import re
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from .core import zero_
 
-# %% ../nbs/05_vae.ipynb #cell-010
+# %% ../nbs/05_vae.ipynb #cell-012
 def check_video(video: Tensor, first: bool = True) -> None:  # first: False for the later pieces of a stream, which have no frame 0
     "Refuse shapes the latent grid cannot hold."
     if video.ndim != 5 or video.shape[1] != 3: raise ValueError(f"want a video (b 3 f h w), got {tuple(video.shape)}")
@@ -43,7 +43,7 @@ def check_latents(latents: Tensor, channels: int) -> None:
     if latents.ndim != 5 or latents.shape[1] != channels or not latents.shape[2]:
         raise ValueError(f"want latents (b {channels} t h w), got {tuple(latents.shape)}")
 
-# %% ../nbs/05_vae.ipynb #cell-013
+# %% ../nbs/05_vae.ipynb #cell-015
 def to_blocks(video: Tensor, first: bool = True) -> Tensor:  # first: does the video begin with frame 0?
     "(b c f h w) -> (b t h/8 w/8 c*4*8*8): frame 0 four times, then four frames a block."
     if first: video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)
@@ -54,7 +54,7 @@ def from_blocks(blocks: Tensor, first: bool = True) -> Tensor:
     "The way back; of block 0 the last frame is kept."
     return rearrange(blocks, "b t h w (c k i j) -> b c (t k) (h i) (w j)", k=4, i=8, j=8, c=3)[:, :, 3 * first :]
 
-# %% ../nbs/05_vae.ipynb #cell-019
+# %% ../nbs/05_vae.ipynb #cell-021
 def with_one(x: Tensor) -> Tensor:
     "(n d) -> (n d+1): a column of ones for the bias."
     return F.pad(x, (0, 1), value=1.0)
@@ -74,7 +74,7 @@ def gram(rows: Iterable[tuple[Tensor, Tensor | None, Tensor]]) -> Tensor:
         count += w.sum().item()
     return total / count
 
-# %% ../nbs/05_vae.ipynb #cell-020
+# %% ../nbs/05_vae.ipynb #cell-022
 class LinearCode(nn.Module):
     "Each 8x8x4 block (768 numbers) to `latent_channels` by a matrix; back by another that also looks at the eight neighbours."
 
@@ -122,7 +122,7 @@ class LinearCode(nn.Module):
         self.up.weight.copy_(rearrange(solution[:-1], "(c i j) n -> n c 1 i j", i=3, j=3))
         self.up.bias.copy_(solution[-1])
 
-# %% ../nbs/05_vae.ipynb #cell-027
+# %% ../nbs/05_vae.ipynb #cell-029
 FrameCache = dict[nn.Module, Tensor]  # a stream's memory: layer -> the last frames it was given. Empty before frame 0; None where there is no stream
 
 
@@ -149,7 +149,7 @@ class CausalConv3d(nn.Conv3d):
         if x.shape[2] < self.kernel_size[0]: return x.new_zeros(len(x), self.out_channels, 0, *size)  # only remembered so far
         return super().forward(x)
 
-# %% ../nbs/05_vae.ipynb #cell-033
+# %% ../nbs/05_vae.ipynb #cell-035
 class ChannelNorm(nn.Module):
     "Every place's channel vector brought to length sqrt(channels), times a learnt gamma (RMS norm)."
 
@@ -161,7 +161,7 @@ class ChannelNorm(nn.Module):
         unit = F.normalize(x.float(), dim=1).to(x.dtype)  # float32: squares of bfloat16 numbers lose digits
         return unit * math.sqrt(x.shape[1]) * self.gamma
 
-# %% ../nbs/05_vae.ipynb #cell-034
+# %% ../nbs/05_vae.ipynb #cell-036
 class ResidualBlock(nn.Module):
     "Twice norm, SiLU, causal convolution; added to the input (through a 1x1x1 where the width changes)."
 
@@ -175,7 +175,7 @@ class ResidualBlock(nn.Module):
         y = self.conv1(F.silu(self.norm1(x)), cache)
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)), cache)
 
-# %% ../nbs/05_vae.ipynb #cell-036
+# %% ../nbs/05_vae.ipynb #cell-038
 class FrameAttention(nn.Module):
     "Every place of a frame attends all places of the same frame (one head)."
 
@@ -191,12 +191,12 @@ class FrameAttention(nn.Module):
         seen = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=h)
         return x + rearrange(self.out(seen), "(b f) c h w -> b c f h w", b=b)
 
-# %% ../nbs/05_vae.ipynb #cell-038
+# %% ../nbs/05_vae.ipynb #cell-040
 def each_frame(layer: Callable, x: Tensor) -> Tensor:
     "Apply a 2-D layer to all frames of (b c f h w)."
     return rearrange(layer(rearrange(x, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", b=len(x))
 
-# %% ../nbs/05_vae.ipynb #cell-039
+# %% ../nbs/05_vae.ipynb #cell-041
 class Downsample(nn.Module):
     "Half the height and width and/or half the frames; frame 0 stays alone: f = 2m+1 -> m+1."
 
@@ -212,7 +212,7 @@ class Downsample(nn.Module):
             x = torch.cat([x[:, :, :alone], self.time(x, cache)], 2)
         return x
 
-# %% ../nbs/05_vae.ipynb #cell-040
+# %% ../nbs/05_vae.ipynb #cell-042
 class Upsample(nn.Module):
     "Twice the frames (frame 0 stays alone: m+1 -> 2m+1) and/or twice the height and width, there with half the channels."
 
@@ -230,7 +230,7 @@ class Upsample(nn.Module):
             x = each_frame(lambda frame: self.space(F.interpolate(frame, scale_factor=2.0, mode="nearest-exact")), x)
         return x
 
-# %% ../nbs/05_vae.ipynb #cell-043
+# %% ../nbs/05_vae.ipynb #cell-045
 @dataclass(frozen=True)
 class VAEConfig:
     "Dimensions of a `VideoVAE`; `wan()` is the Wan2.1 VAE, `mini()` and `tiny()` the same class with other numbers."
@@ -271,14 +271,14 @@ class VAEConfig:
         "For two CPU cores."
         return cls(48, (32, 64, 56), (True, True), (True, False), 1, 1, attention=False, patch=4, linear=True)
 
-# %% ../nbs/05_vae.ipynb #cell-045
+# %% ../nbs/05_vae.ipynb #cell-047
 def middle_blocks(width: int, attention: bool) -> nn.ModuleList:
     "The blocks at the lowest resolution."
     blocks = [ResidualBlock(width, width)]
     if attention: blocks += [FrameAttention(width), ResidualBlock(width, width)]
     return nn.ModuleList(blocks)
 
-# %% ../nbs/05_vae.ipynb #cell-046
+# %% ../nbs/05_vae.ipynb #cell-048
 class Encoder(nn.Module):
     "(b 3*patch^2 f h w) -> (b 2*latent_channels t h' w'): mean and log-variance before the last 1x1x1."
 
@@ -299,7 +299,7 @@ class Encoder(nn.Module):
         for step in [*self.steps, *self.middle]: x = step(x, cache)
         return self.leave(F.silu(self.norm(x)), cache)
 
-# %% ../nbs/05_vae.ipynb #cell-047
+# %% ../nbs/05_vae.ipynb #cell-049
 class Decoder(nn.Module):
     "The way back: (b latent_channels t h' w') -> (b 3*patch^2 f h w)."
 
@@ -322,7 +322,7 @@ class Decoder(nn.Module):
         for step in [*self.middle, *self.steps]: z = step(z, cache)
         return self.leave(F.silu(self.norm(z)), cache)
 
-# %% ../nbs/05_vae.ipynb #cell-049
+# %% ../nbs/05_vae.ipynb #cell-051
 class Posterior(NamedTuple):
     "What the encoder believes about each latent number (raw, not normalised)."
     mean: Tensor     # (b c t h w)
@@ -337,7 +337,7 @@ class Posterior(NamedTuple):
         "Mean KL divergence from N(0, 1), in nats a number."
         return 0.5 * (self.mean**2 + self.log_variance.exp() - 1 - self.log_variance).mean()
 
-# %% ../nbs/05_vae.ipynb #cell-052
+# %% ../nbs/05_vae.ipynb #cell-054
 RELEASED_NAMES = (  # (ours, released) as regular expressions, applied in this order
     (r"^to_posterior\.", "conv1."), (r"^from_latents\.", "conv2."),
     (r"\.norm1\.", ".residual.0."), (r"\.conv1\.", ".residual.2."), (r"\.norm2\.", ".residual.3."), (r"\.conv2\.", ".residual.6."),
@@ -351,7 +351,7 @@ def released_name(ours: str) -> str:
     for pattern, released in RELEASED_NAMES: ours = re.sub(pattern, released, ours)
     return "model." + ours
 
-# %% ../nbs/05_vae.ipynb #cell-055
+# %% ../nbs/05_vae.ipynb #cell-057
 class StoredVAE(nn.Module):
     "Released names, and folders with config.json and model.safetensors."
 
@@ -386,7 +386,7 @@ class StoredVAE(nn.Module):
         vae.load_state_dict(load_file(folder / "model.safetensors"))
         return vae.eval()
 
-# %% ../nbs/05_vae.ipynb #cell-057
+# %% ../nbs/05_vae.ipynb #cell-059
 class VideoVAE(StoredVAE):
     "Causal 3-D variational autoencoder: video (b 3 f h w) in [-1, 1] <-> latents (b c t h/8 w/8), f = 4n+1, t = n+1."
 
@@ -439,7 +439,7 @@ class VideoVAE(StoredVAE):
         check_latents(latents, self.config.latent_channels)
         return self.reconstruct(latents * self.latents_std + self.latents_mean, cache).clamp(-1, 1)
 
-# %% ../nbs/05_vae.ipynb #cell-064
+# %% ../nbs/05_vae.ipynb #cell-066
 def charbonnier(error: Tensor, softness: float = 0.03) -> Tensor:
     "Mean of sqrt(e^2 + s^2) - s: squared below `softness`, absolute above."
     return ((error.float() ** 2 + softness**2).sqrt() - softness).mean()
@@ -453,7 +453,7 @@ def edge_error(error: Tensor, scales: int = 2) -> Tensor:
         total = total + sum(charbonnier(error.diff(dim=axis)) for axis in (2, 3, 4) if error.shape[axis] > 1) / 3
     return total / scales
 
-# %% ../nbs/05_vae.ipynb #cell-065
+# %% ../nbs/05_vae.ipynb #cell-067
 class VAELoss(NamedTuple):
     "Total, and its parts."
     loss: Tensor
@@ -469,7 +469,7 @@ def vae_loss(vae: VideoVAE, video: Tensor, edges: float = 1.0, kl: float = 2e-3,
     parts = charbonnier(error), edge_error(error), posterior.kl().float()
     return VAELoss(parts[0] + edges * parts[1] + kl * parts[2], *parts)
 
-# %% ../nbs/05_vae.ipynb #cell-066
+# %% ../nbs/05_vae.ipynb #cell-068
 def train_vae(
     config: VAEConfig | VideoVAE,        # dimensions, or a model to go on with
     batches: Iterable[Tensor],           # endless; each (b 3 f h w) in [-1, 1]
@@ -500,7 +500,7 @@ def train_vae(
     if step < steps: raise ValueError(f"want {steps} batches, got {step}")
     return vae
 
-# %% ../nbs/05_vae.ipynb #cell-067
+# %% ../nbs/05_vae.ipynb #cell-069
 @torch.no_grad()
 def measure_latents(vae: VideoVAE, videos: Iterable[Tensor]) -> VideoVAE:
     "Set latents_mean and latents_std from videos, so that `encode` returns unit-variance channels."
@@ -509,7 +509,7 @@ def measure_latents(vae: VideoVAE, videos: Iterable[Tensor]) -> VideoVAE:
     vae.set_latent_stats(replace(vae.config, latents_mean=tuple(stats[0].tolist()), latents_std=tuple(stats[1].tolist())))
     return vae
 
-# %% ../nbs/05_vae.ipynb #cell-093
+# %% ../nbs/05_vae.ipynb #cell-095
 @torch.no_grad()
 def channel_cost(vae: VideoVAE) -> Tensor:  # (c,), mean 1
     "Squared pixel error for one unit of error in one latent, by channel: measured around the mean picture, one channel at a time."
@@ -520,7 +520,7 @@ def channel_cost(vae: VideoVAE) -> Tensor:  # (c,), mean 1
     cost = (moved - still).square().flatten(1).sum(1)
     return cost / cost.mean()
 
-# %% ../nbs/05_vae.ipynb #cell-098
+# %% ../nbs/05_vae.ipynb #cell-100
 def in_pieces(clip: Tensor, later: int) -> Iterator[Tensor]:  # later: 4 (or 8, 12, ...) for frames, 1 (or more) for latents
     "Cut (b c f h w) along time: frame 0 alone, then `later` frames at a time."
     yield clip[:, :, :1]
@@ -536,7 +536,7 @@ def alike(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         if size != wanted: raise ValueError(f"want pieces (b c . h w) of one size, got {size} after {wanted}")
         yield piece
 
-# %% ../nbs/05_vae.ipynb #cell-099
+# %% ../nbs/05_vae.ipynb #cell-101
 @torch.no_grad()
 def encode_stream(vae: VideoVAE, pieces: Iterable[Tensor]) -> Iterator[Tensor]:  # each (b 3 f h w): 1 frame, then 4n
     "Latents of each piece as soon as it is there; together they are the latents of the whole clip. Keeps no gradients."
@@ -550,7 +550,7 @@ def decode_stream(vae: VideoVAE, pieces: Iterable[Tensor]) -> Iterator[Tensor]: 
     cache: FrameCache = {}
     for piece in alike(pieces): yield vae.decode(piece, cache=cache)
 
-# %% ../nbs/05_vae.ipynb #cell-109
+# %% ../nbs/05_vae.ipynb #cell-111
 def spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     "Cover 0..length by stretches of `tile` that share `overlap` or more; the last is moved back to end where the picture ends."
     if not 0 <= overlap < tile: raise ValueError(f"want an overlap from 0 to less than the tile, got overlap {overlap} of tile {tile}")
@@ -563,7 +563,7 @@ def ramp(length: int, overlap: int) -> Tensor:
     rising = torch.arange(1.0, length + 1)
     return torch.minimum(rising, rising.flip(0)).clamp(max=overlap + 1)
 
-# %% ../nbs/05_vae.ipynb #cell-111
+# %% ../nbs/05_vae.ipynb #cell-113
 @torch.no_grad()
 def blend_tiles(code: Callable, x: Tensor, tile: int, overlap: int, scale: float) -> Tensor:  # scale: places out for one place in
     "`code` on overlapping tiles of (b c f h w), blended linearly: near what `code(x)` gives."
@@ -579,7 +579,7 @@ def blend_tiles(code: Callable, x: Tensor, tile: int, overlap: int, scale: float
         weight[place] += high[:, None] * wide
     return out.div_(weight)
 
-# %% ../nbs/05_vae.ipynb #cell-112
+# %% ../nbs/05_vae.ipynb #cell-114
 def check_tiles(tile: int, overlap: int) -> None:
     "Refuse tiles that do not begin and end on whole latents."
     if tile % 8 or overlap % 8: raise ValueError(f"want tile and overlap in multiples of 8 pixels, got {tile} and {overlap}")
