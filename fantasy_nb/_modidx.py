@@ -532,6 +532,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fantasy_nb/playground.py'),
                                        'fantasy_nb.playground.ExpressionMixer.driver': ( 'playground.html#expressionmixer.driver',
                                                                                          'fantasy_nb/playground.py'),
+                                       'fantasy_nb.playground.ExpressionMixer.feel': ( 'playground.html#expressionmixer.feel',
+                                                                                       'fantasy_nb/playground.py'),
                                        'fantasy_nb.playground.ExpressionMixer.load': ( 'playground.html#expressionmixer.load',
                                                                                        'fantasy_nb/playground.py'),
                                        'fantasy_nb.playground.ExpressionMixer.motion': ( 'playground.html#expressionmixer.motion',

@@ -12,7 +12,7 @@ __all__ = ['UNSEEN', 'GAZE_DEGREES', 'EXPRESSION_MEASURES', 'MOVING', 'CALM', 'R
            'read_rows', 'append_rows', 'build_parser', 'settle', 'write_results', 'real_rows', 'run_bench', 'main',
            'Ablation', 'encode_both', 'new_adapter', 'lessons', 'train_ablation']
 
-# %% ../nbs/12_exprbench.ipynb #cell-004
+# %% ../nbs/12_exprbench.ipynb #cell-005
 import argparse
 import csv
 import importlib.util
@@ -43,7 +43,7 @@ from .tracking import FaceTrack, align_crop, head_pose, measure_expression, quie
 from .train import STAGES, Animator, LatentClips, channel_weights, encode_stills, forget_expression, owners_from_portrait, train
 from .vae import VideoVAE
 
-# %% ../nbs/12_exprbench.ipynb #cell-007
+# %% ../nbs/12_exprbench.ipynb #cell-008
 UNSEEN = 70_000  # seeds of scenes from here on belong to the benchmark; training uses 0 and 1, its sample sheets 999
 
 
@@ -125,7 +125,7 @@ def drawn(scene: Scene, motions: list[Expression], size: tuple[int, int]) -> tup
     frames, boxes, _ = render_scene(scene, motions, size)
     return (frames.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy(), boxes
 
-# %% ../nbs/12_exprbench.ipynb #cell-010
+# %% ../nbs/12_exprbench.ipynb #cell-011
 def picture_errors(film: np.ndarray, truth: np.ndarray) -> dict[str, float]:  # uint8 (f h w 3) both
     "PSNR in dB and SSIM, over the whole film. Imports scikit-image."
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -165,7 +165,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:  # (n d), (m d) features; w
     between = sqrtm((x.T.cov() @ y.T.cov()).numpy())
     return ((x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * np.trace(between).real).item()
 
-# %% ../nbs/12_exprbench.ipynb #cell-013
+# %% ../nbs/12_exprbench.ipynb #cell-014
 GAZE_DEGREES = 25.0  # of one unit of gaze: an iris that moves by 5 mm on a ball of 12 mm
 EXPRESSION_MEASURES = ("mouth_open", "mouth_wide", "smile", "pucker", "blink_left", "blink_right")
 MOVING = {0, 11, 12, 13, 14, 17, 37, 267, 61, 291, 78, 308, 82, 312, 87, 317, 95, 324, 146, 375, 159, 145, 386, 374, 105, 334}  # some of the landmarks that an expression moves
@@ -207,7 +207,7 @@ def larger(film: np.ndarray, height: int = 256) -> np.ndarray:
     h, w = film.shape[1:3]
     return film if h >= height else np.stack([resize(frame, (height, round(w * height / h))) for frame in film])
 
-# %% ../nbs/12_exprbench.ipynb #cell-016
+# %% ../nbs/12_exprbench.ipynb #cell-017
 RULED = {"mouth_open": "mouth", "mouth_wide": "mouth", "smile": "mouth", "pucker": "mouth", "blink_left": "eyes", "blink_right": "eyes"}  # factor -> group of features
 
 
@@ -244,7 +244,7 @@ def following(read: dict[str, Tensor], motion: Expression, least: float = 0.03) 
     r = [torch.corrcoef(torch.stack([read[name].float(), true[name].float()]))[0, 1].nan_to_num() for name in moving]
     return torch.stack(r).mean().item() if r else None
 
-# %% ../nbs/12_exprbench.ipynb #cell-021
+# %% ../nbs/12_exprbench.ipynb #cell-022
 def leakage(film: np.ndarray, changed: np.ndarray, own: tuple, others: list[tuple], untouched: np.ndarray | None = None) -> float:
     "How much the other faces change when only one person's driver does, as a share of that person's own change (mean over the others; 0 where nothing changes at all). Two films (f h w 3), where the faces are, and where the true film does not change (f h w): a neighbour's hair may reach into a face's box."
     moved = np.square(film.astype(float) - changed).mean(-1)
@@ -275,7 +275,7 @@ def another_actor(case: Case, j: int) -> Case:
     crops[j] = jittered_crops(case.motions[j], crops.shape[-1], 1_000_000_007 + 8 * case.seed + j)
     return replace(case, crops=crops)
 
-# %% ../nbs/12_exprbench.ipynb #cell-024
+# %% ../nbs/12_exprbench.ipynb #cell-025
 RULES = {"full": "own character", "no-mask": "all characters", "eq4": "own, and the others with weight exp(0)", "release": "the release's mask"}
 BOUNDS = {"still": "the portrait held", "vae": "the true film, reconstructed"}
 
@@ -421,7 +421,7 @@ def of_seed(folder: str, rule: str) -> Callable:
     studio = cache(lambda seed: Studio(folder.format(seed=seed), rule))
     return lambda case: studio(case.seed).film(case)
 
-# %% ../nbs/12_exprbench.ipynb #cell-029
+# %% ../nbs/12_exprbench.ipynb #cell-030
 METRICS = {"psnr": "dB in the face", "ssim": "", "perceptual": "", "lmd": "1e-3 face", "aed": "1e-2", "aed_ruler": "1e-2", "apd": "1e-3 rad", "gaze": "degrees", "identity": "1e-3", "colour": "grey levels", "leakage": "share", "actor": "share", "follow": "r", "lost": "share"}
 
 
@@ -479,7 +479,7 @@ def evaluate(
             bar.update(len(methods))
     return rows
 
-# %% ../nbs/12_exprbench.ipynb #cell-030
+# %% ../nbs/12_exprbench.ipynb #cell-031
 def mean_and_interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     "Mean and the 95 % interval of 2,000 bootstrap draws over films (percentiles; Efron 1979)."
     values = np.asarray(values, float)
@@ -523,7 +523,7 @@ def as_markdown(table: list[dict]) -> str:
         lines.append(f"| {people} | {method} | " + " | ".join(shown(cells.get(m)) for m in metrics) + " |")
     return "\n".join(lines)
 
-# %% ../nbs/12_exprbench.ipynb #cell-031
+# %% ../nbs/12_exprbench.ipynb #cell-032
 def plot_results(table: list[dict], metrics: Iterable[str] = ("psnr", "aed_ruler", "apd", "leakage"), path: str | Path | None = None) -> None:
     "A panel for each metric, a group of bars for each number of people, intervals as lines. Imports matplotlib."
     import matplotlib.pyplot as plt
@@ -545,7 +545,7 @@ def plot_results(table: list[dict], metrics: Iterable[str] = ("psnr", "aed_ruler
     else:
         plt.show()
 
-# %% ../nbs/12_exprbench.ipynb #cell-033
+# %% ../nbs/12_exprbench.ipynb #cell-034
 def read_rows(path: Path) -> list[dict]:
     "Rows of a CSV file that `fantasy-bench` wrote; numbers as numbers."
     if not path.is_file():
@@ -604,7 +604,7 @@ def write_results(rows: list[dict], folder: Path) -> str:
     plot_results(table, path=folder / "plot.png")
     return text
 
-# %% ../nbs/12_exprbench.ipynb #cell-034
+# %% ../nbs/12_exprbench.ipynb #cell-035
 def real_rows(pipeline: PortraitPipeline, folder: Path, frames: int, done: set = frozenset(), keep: Callable = lambda rows: None, show: bool = True) -> list[dict]:
     "Every portrait by every driver of a folder: AED, APD and gaze against the driver, shape and colour against the portrait. Raises FileNotFoundError where one kind is missing."
     portraits, drivers = (sorted(p for p in (folder / kind).glob("*") if p.is_file()) for kind in ("portraits", "drivers"))
@@ -670,7 +670,7 @@ def main(arguments=None) -> int:
         return 2
     return 0
 
-# %% ../nbs/12_exprbench.ipynb #cell-036
+# %% ../nbs/12_exprbench.ipynb #cell-037
 @dataclass(frozen=True)
 class Ablation:
     "What an adapter is trained with."
@@ -710,6 +710,8 @@ def lessons(folder: Path, ablation: Ablation) -> tuple[LatentClips, dict[str, Te
     clips, scale = LatentClips(folder), None
     if ablation.one_person:
         clips.groups = {shape: group for shape, group in clips.groups.items() if shape[-3] == 1}
+        if not clips.groups:
+            raise ValueError(f"want scenes of one person in {folder}, got none")
     marks = {k: landmark_features(clip.pop("landmarks").unflatten(-1, (478, 2)).float()) for k, clip in clips.clips.items()}
     if ablation.landmarks:
         every = torch.cat([x.flatten(0, 1) for x in marks.values()])

@@ -7,7 +7,7 @@ __all__ = ['RANGES', 'COLOURS', 'jpeg_bytes', 'mp4_bytes', 'film_widget', 'notic
            'BoxCanvas', 'colour_of', 'paint_owners', 'paint_mask', 'RegionPainter', 'word_names', 'overheard',
            'listen_in', 'AttentionViewer', 'Cancelled', 'keep_uploads', 'PersonRow', 'AnimatePanel']
 
-# %% ../nbs/14_playground.ipynb #cell-004
+# %% ../nbs/14_playground.ipynb #cell-005
 import base64
 import html
 import tempfile
@@ -29,11 +29,11 @@ from torch import Tensor
 from .animate import Animation, PortraitPipeline, face_boxes, find_people, fit_portrait, load_portrait, resize
 from .core import as_frames, data_samples, read_video, write_video
 from .data import zoom_in
-from .faces import Expression, Identity, Scene, render_face, render_scene
+from .faces import EMOTIONS, Expression, Identity, Scene, render_face, render_scene
 from .regions import ExpressionAttention, attention_mask, face_regions, pool_regions
 from .tokens import TokenConfig
 
-# %% ../nbs/14_playground.ipynb #cell-007
+# %% ../nbs/14_playground.ipynb #cell-008
 def jpeg_bytes(picture, quality: int = 92) -> bytes:
     "uint8 (h w 3) or float (3 h w) in [0, 1] -> a JPEG file."
     import cv2
@@ -58,7 +58,7 @@ def notice(text: str, kind: str = "info") -> str:
     colour = {"info": "#1a7f37", "error": "#b42318", "busy": "#555555"}[kind]
     return f'<span role="status" style="color:{colour}">{html.escape(text)}</span>' if text else ""
 
-# %% ../nbs/14_playground.ipynb #cell-010
+# %% ../nbs/14_playground.ipynb #cell-011
 RANGES = {name: (-35.0, 35.0) if name == "yaw" else (-20.0, 20.0) for name in Expression.GROUPS["head"]}
 RANGES |= {name: (-1.0, 1.0) for name in ("gaze_x", "gaze_y", "mouth_wide")} | {"smile": (-0.5, 1.0)}
 RANGES |= {name: (0.0, 1.0) for name in Expression.names() if name not in RANGES}
@@ -79,13 +79,14 @@ class ExpressionMixer(widgets.VBox):
         self.takes: list[tuple[float, list[Expression]]] = []  # (seconds, a moment of everybody)
         self.who = widgets.ToggleButtons(options=[(f"person {k + 1}", k) for k in range(people)])
         self.sliders = {name: factor_slider(name) for name in Expression.names()}
+        self.preset = widgets.Dropdown(options=["neutral", *EMOTIONS], description="preset")
         self.rest = widgets.Button(description="rest", tooltip="all sliders to the middle")
         self.record = widgets.ToggleButton(description="record", icon="circle")
         self.play = widgets.Button(description="play", icon="play")
         self.said, self.picture = widgets.HTML(), widgets.Image(format="jpeg", width=self.size[1], height=self.size[0])
         self.screen = widgets.VBox()  # empty until there is a film: browsers complain about a film of no bytes
         self.loading = False
-        super().__init__([self.who, widgets.HBox([self.columns(), widgets.VBox([self.picture, widgets.HBox([self.rest, self.record, self.play]), self.said, self.screen])])])
+        super().__init__([widgets.HBox([self.who, self.preset]), widgets.HBox([self.columns(), widgets.VBox([self.picture, widgets.HBox([self.rest, self.record, self.play]), self.said, self.screen])])])
         self.connect()
         self.draw()
 
@@ -99,6 +100,7 @@ class ExpressionMixer(widgets.VBox):
         for name, slider in self.sliders.items():
             slider.observe(lambda change, name=name: self.turn(name, change["new"]), "value")
         self.who.observe(lambda _: self.load(), "value")
+        self.preset.observe(lambda change: self.feel(change["new"]), "value")
         self.rest.on_click(lambda _: self.put(Expression.neutral()))
         self.record.observe(lambda change: self.start() if change["new"] else self.stop(), "value")
         self.play.on_click(lambda _: self.replay())
@@ -110,6 +112,10 @@ class ExpressionMixer(widgets.VBox):
         k = self.who.value
         self.moments[k] = self.moments[k].replace(**{name: value})
         self.draw()
+
+    def feel(self, emotion: str, strength: float = 0.9) -> None:
+        "One emotion, and none of the others; head, eyes and mouth stay."
+        self.put(self.moments[self.who.value].replace(**{name: strength * (name == emotion) for name in EMOTIONS}))
 
     def put(self, moment: Expression) -> None:
         "Set all sliders of the chosen person at once."
@@ -164,7 +170,7 @@ class ExpressionMixer(widgets.VBox):
             return
         self.screen.children = [film_widget(mp4_bytes(frames), self.size[0])]
 
-# %% ../nbs/14_playground.ipynb #cell-019
+# %% ../nbs/14_playground.ipynb #cell-020
 COLOURS = ("#9a9a9a", "#e63232", "#3264f0", "#1ab04a", "#e0a010", "#9a30c8")  # background, then the people
 
 
@@ -255,7 +261,7 @@ class BoxCanvas(anywidget.AnyWidget):
     boxes = traitlets.List().tag(sync=True)  # [[x0, y0, x1, y1] in the picture's pixels]
     colours = traitlets.List(list(COLOURS)).tag(sync=True)
 
-# %% ../nbs/14_playground.ipynb #cell-021
+# %% ../nbs/14_playground.ipynb #cell-022
 def colour_of(owners: Tensor) -> np.ndarray:  # (...) integers -> (... 3) uint8
     "Owners as the colours of their boxes."
     table = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in COLOURS], np.uint8)
@@ -327,7 +333,7 @@ class RegionPainter(widgets.VBox):
         self.heard.value = jpeg_bytes(paint_mask(self.mask, self.owners, people, size[0]))
         self.said.value = notice("; ".join(f"face {k}: {int((self.owners == k).sum())} tokens" for k in range(1, people + 1)) + f"; background: {int((self.owners == 0).sum())}")
 
-# %% ../nbs/14_playground.ipynb #cell-026
+# %% ../nbs/14_playground.ipynb #cell-027
 def word_names(config: TokenConfig) -> list[str]:
     "Group of each of a frame's tokens: four linear ones, then the learnable."
     counts = dict(config.queries)
@@ -372,7 +378,7 @@ def listen_in(pipeline: PortraitPipeline, portrait, driver, frame: int = 0, step
     weights = torch.stack([w[0] for w in kept]).unflatten(0, (-1, blocks))  # frames of a window agree: the first
     return weights, np.pad(made.frames[0], [(0, a - b) for a, b in zip(working.shape[:2], made.frames[0].shape[:2])] + [(0, 0)], mode="edge"), (working.shape[0] // token, working.shape[1] // token)
 
-# %% ../nbs/14_playground.ipynb #cell-032
+# %% ../nbs/14_playground.ipynb #cell-033
 class AttentionViewer(widgets.VBox):
     "Which group of expression words each patch listens to, block by block and step by step."
 
@@ -410,7 +416,7 @@ class AttentionViewer(widgets.VBox):
         face = share[share > 0]
         self.said.value = notice(f"mean share inside the face: {face.mean() if len(face) else 0:.2f}")
 
-# %% ../nbs/14_playground.ipynb #cell-035
+# %% ../nbs/14_playground.ipynb #cell-036
 class Cancelled(Exception):
     "The button was pressed."
 

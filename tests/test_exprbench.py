@@ -10,9 +10,13 @@ import torch
 
 import fantasy_nb.exprbench as exprbench
 from fantasy_nb.core import data_samples, read_image, write_image, write_video
-from fantasy_nb.exprbench import (BOUNDS, GAZE_DEGREES, RULES, Benchmark, EncoderFeatures, Ruler, Studio, another_actor, another_driver, as_markdown, by_film, evaluate, face_errors, following, frechet_distance, heard, judge,
+from fantasy_nb.exprbench import (ABLATIONS, BOUNDS, GAZE_DEGREES, RULES, Benchmark, EncoderFeatures, Ruler, Studio, another_actor, another_driver, as_markdown, by_film, evaluate, face_errors, following, frechet_distance, heard, judge,
                                   larger, leakage, main, make_methods, mean_and_interval, perceptual_distance, picture_errors, read_rows, results_table, ruler_error, unchanged, write_results)
-from fantasy_nb.faces import Expression
+from fantasy_nb.animate import PortraitPipeline
+from fantasy_nb.data import SceneClips
+from fantasy_nb.expression import GROUPS, Features
+from fantasy_nb.faces import Expression, Identity, render_crops
+from fantasy_nb.train import PICTURES, Animator, carries_expression, encode_clips
 from fantasy_nb.tracking import measure_expression, track_faces
 
 SMALL = dict(clips=1, seeds=(0,), frames=9)
@@ -240,6 +244,74 @@ def test_a_rule_is_gone_after_the_film(case):
 def test_unknown_methods_are_refused():
     with pytest.raises(ValueError, match="want methods out of full, no-mask, eq4, release, still, vae, got magic"):
         make_methods(["full", "magic"], {"default": "tiny"})
+
+
+# --- ablations
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    "Three scenes (of two, one, two people), their mirror images, features and landmarks."
+    pipeline, folder = PortraitPipeline.from_pretrained("tiny"), tmp_path_factory.mktemp("scenes")
+    encode_clips(SceneClips(PICTURES["tiny"]["stills"][0]), 3, folder, pipeline.vae, pipeline.encoder, exprbench.encode_both, show=False)
+    return folder
+
+
+def test_landmarks_take_the_features_places():
+    order = [k for group in GROUPS for k in exprbench.MARKS[group]]
+    assert len(order) == len(set(order)) == 277 and max(order) < 478
+    marks = torch.arange(478).repeat(2, 3, 1)[..., None] + torch.tensor([0.0, 0.5])
+    features = Features.unpack(exprbench.landmark_features(marks))
+    assert features.head[0, 0].tolist() == [1, 1.5, 10, 10.5, 152, 152.5] and features.mouth.shape == (2, 3, 512)
+
+
+def test_landmarks_are_where_the_face_is():
+    who, motion = Identity.sample(1, 5), Expression.neutral(3, yaw=torch.tensor([0.0, 20.0, -20.0]))
+    crops = ((render_crops(who.repeat(3), motion, 64) + 1) * 127.5).round().to(torch.uint8)
+    marks = exprbench.landmarks_of(crops)
+    nose = marks[:, 1, 0]
+    assert marks.shape == (3, 478, 2) and nose[2] < nose[0] < nose[1]  # the tip goes where the head turns
+    filled = exprbench.landmarks_of(torch.cat([0 * crops[:1], crops[:1], 0 * crops[:1]]))
+    assert torch.equal(filled[0], filled[1]) and torch.equal(filled[2], filled[1])  # no face: as in the crop before, or the first found
+    with pytest.raises(ValueError, match="finds no face in any of 2 crops"):
+        exprbench.landmarks_of(0 * crops[:2])
+
+
+def test_a_new_adapter_says_nothing_and_keeps_the_base(scenes):
+    base = Animator.from_pretrained(data_samples("weights", "tiny"))
+    made = exprbench.new_adapter(data_samples("weights", "tiny"), ABLATIONS["all-learnable"], 0)
+    assert made.tokens.config.tokens_per_frame == 32
+    assert all(torch.equal(v, base.state_dict()[k]) for k, v in made.state_dict().items() if not carries_expression(k))
+    batch = exprbench.lessons(scenes, ABLATIONS["full"])[0].stack([0])
+    x, portrait = batch["latents"][:, :, 1:2], batch["latents"][:, :, :1]
+    answers = [made(x, torch.ones(1), portrait, z * batch["features"][:, :, 1:2], batch["owners"], stills=True) for z in (1.0, -3.0)]
+    assert torch.equal(*answers)
+
+
+def test_lessons_leave_out_what_they_must(scenes):
+    full, scale = exprbench.lessons(scenes, ABLATIONS["full"])
+    alone, _ = exprbench.lessons(scenes, ABLATIONS["one-person"])
+    assert scale is None and {shape[-3] for shape in full.groups} == {1, 2} and {shape[-3] for shape in alone.groups} == {1}
+    marks, scale = exprbench.lessons(scenes, ABLATIONS["landmarks"])
+    every = torch.cat([clip["features"].float().flatten(0, 1) for clip in marks.clips.values()])
+    assert every.mean(0).abs().max() < 0.02 and (every.std(0) - 1).abs().max() < 0.02 and scale["mean"].shape == (554,)
+    assert not torch.equal(marks.clips[0]["features"], full.clips[0]["features"]) and torch.equal(marks.clips[0]["latents"], full.clips[0]["latents"])
+
+
+@pytest.mark.parametrize("name", ["landmarks", "no-mask", "no-learnable"])
+def test_an_ablation_trains_the_adapter_alone(name, scenes, tmp_path, case):
+    base = data_samples("weights", "tiny")
+    exprbench.train_ablation(base, scenes, ABLATIONS[name], tmp_path / "x-0", steps=2, show=False)
+    before, after = exprbench.new_adapter(base, ABLATIONS[name], 0).state_dict(), Animator.from_pretrained(tmp_path / "x-0").state_dict()
+    changed = {k for k in after if not torch.equal(before[k], after[k])}
+    assert changed and all(carries_expression(k) for k in changed)
+    method = make_methods(["x"], {"default": "tiny", "x": str(tmp_path / "x-{seed}")})["x"]
+    short = replace(case, crops=case.crops[:, :5], film=case.film[:5], boxes=case.boxes[:5])
+    film = method(short)
+    assert film.shape == (4, *case.film.shape[1:]) and np.array_equal(film, Studio(tmp_path / "x-0").film(short))
+    assert (Studio(tmp_path / "x-0").scale is not None) == (name == "landmarks")
+    with pytest.raises(FileNotFoundError):
+        method(replace(short, seed=1))
 
 
 # --- rows and tables

@@ -12,7 +12,7 @@ from PIL import Image
 import fantasy_nb.playground as playground
 from fantasy_nb.animate import PortraitPipeline, find_people
 from fantasy_nb.core import data_samples, read_image, read_video
-from fantasy_nb.faces import Expression
+from fantasy_nb.faces import EMOTIONS, Expression
 from fantasy_nb.playground import AnimatePanel, AttentionViewer, BoxCanvas, ExpressionMixer, RegionPainter, jpeg_bytes, listen_in, mp4_bytes, notice, overheard, paint_mask, word_names
 from fantasy_nb.tracking import measure_expression, track_faces
 
@@ -72,6 +72,18 @@ def test_every_slider_changes_the_picture():
         slider.value = slider.max
         assert np.abs(seen(mixer.picture) - before).max() > 8, name
         mixer.rest.click()
+
+
+def test_presets_set_one_emotion():
+    mixer = ExpressionMixer(1, height=64)
+    mixer.sliders["yaw"].value = 10.0
+    before = mixer.picture.value
+    for emotion in ("joy", "anger"):
+        mixer.preset.value = emotion
+        assert [name for name in EMOTIONS if mixer.sliders[name].value > 0] == [emotion] and mixer.moments[0].yaw == 10
+    assert mixer.picture.value != before
+    mixer.preset.value = "neutral"
+    assert mixer.picture.value == before
 
 
 def test_a_recording_is_a_motion(monkeypatch):
