@@ -1,7 +1,11 @@
 """The book as a site: stage the notebooks, run Sphinx on what they store, check every link inside. No cell is run and no network asked.
 
-nbdev's directives become what a reader expects: hidden cells go, `#| export` and its kin lose the directive line.
+nbdev's directives become what a reader expects: hidden cells go, `#| export` and its kin lose the directive line. Pictures that cells drew get
+words for readers who cannot see them, and the map becomes part of its page, with links. `docs/*.md` are pages beside the chapters.
 """
+import base64
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -16,6 +20,9 @@ DOCS = Path(__file__).resolve().parent
 ROOT, STAGED, SITE = DOCS.parent, DOCS / "_staged", DOCS / "_build" / "html"
 DROP = re.compile(r"#\|\s*(hide|default_exp)\b|show_doc\(")
 UP = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)#]+)\)")
+PAGES = ["twenty-minutes", "play", "glossary", "notation", "costs", "responsible-use"]
+MAP = re.compile(r'<img class="map"[^>]*base64,([^"]+)"[^>]*>')
+BOX = re.compile(r'<g class="chapter(?: lit)?">.*?<tspan>(\d\d)</tspan> (\w+).*?</g>')
 
 
 def bring(match: re.Match) -> str:
@@ -23,6 +30,10 @@ def bring(match: re.Match) -> str:
     picture, words, target = match.groups()
     if not (ROOT / target).is_file():
         return words
+    if target == "docs/assets/map.svg":
+        return f"<figure>{on_the_page((ROOT / target).read_text())}<figcaption>The map of the book. A box leads to its chapter.</figcaption></figure>"
+    if Path(target).stem in PAGES:
+        return f"[{words}]({Path(target).name})"
     (STAGED / target).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / target, STAGED / target)
     return f"{picture}[{words}]({target})"
@@ -39,10 +50,96 @@ def stage(path: Path) -> None:
                 cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
         else:
             cell.source = UP.sub(bring, cell.source)
+    for number, cell in enumerate(notebook.cells):
+        if cell.get("outputs"):
+            describe(cell, in_words(notebook.cells, number))
     if path.stem == "index":
         names = [f"{title(p)} <{p.stem}>" for p in sorted(path.parent.glob("[0-9]*.ipynb"))]
-        notebook.cells.append(nbformat.v4.new_markdown_cell("\n".join(["```{toctree}", ":hidden:", "", *names, "```"])))
+        trees = [["```{toctree}", ":hidden:", f":caption: {caption}", "", *lines, "```"] for caption, lines in (("Chapters", names), ("Beside them", PAGES))]
+        notebook.cells.append(nbformat.v4.new_markdown_cell("\n\n".join("\n".join(lines) for lines in trees)))
     nbformat.write(notebook, STAGED / path.name)
+
+
+def in_words(cells: list, number: int) -> str:
+    "What a cell's picture shows: its caption, else the sentence above it, else the one below, else the heading it stands under."
+    above, below = ("\n\n" + cells[k].source if 0 <= k < len(cells) and cells[k].cell_type == "markdown" else "" for k in (number - 1, number + 1))
+    if written := re.search(r"""caption=f?(["'])([^{}]+?)\1""", cells[number].source) or re.match(r"\s*(\*)(?!\*)(.+?)\*(?!\*)", below, re.S):
+        return shortened(plain(written[2]))
+    sentences = [s for text in (above, below) for s in prose(text)[:: -1 if text is above else 1][:1]]
+    heading = re.findall(r"^#+ (.+)$", "\n".join(c.source for c in cells[:number] if c.cell_type == "markdown"), re.M)[-1]
+    return shortened(sentences[0] if sentences else f"Figure: {plain(heading)}")
+
+
+def prose(text: str) -> list[str]:
+    "The sentences of a Markdown text, without headings, tables, formulas on lines of their own, code and lists."
+    text = re.sub(r"```.*?```|\$\$.*?\$\$|<details>.*?</details>|^(#|\||    |[-*>] ).*$", "", text, flags=re.S | re.M)
+    return [s for s in re.split(r"(?<=[.!?])\)?\s+(?=[A-Z])", plain(text)) if len(s) > 15]
+
+
+def plain(text: str) -> str:
+    "Markdown as words."
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)|[*`$\\{}]|<[^>]+>", r"\1", text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def shortened(text: str) -> str:
+    "At most 250 characters, cut between words."
+    return text if len(text) <= 250 else text[:250].rsplit(" ", 1)[0] + " ..."
+
+
+def describe(cell, words: str) -> None:
+    "Give the pictures and films of a cell's output an alternative text; the map moves into the page."
+    cell.metadata["mystnb"] = {"image": {"alt": words}}
+    for output in cell.outputs:
+        if "text/html" in output.get("data", {}):
+            shown = "".join(output.data["text/html"])
+            shown = MAP.sub(lambda match: on_the_page(base64.b64decode(match[1]).decode()), shown)
+            output.data["text/html"] = re.sub(r"<video (?!aria)", lambda _: f'<video aria-label="{html.escape(words)}" ', shown)
+
+
+def on_the_page(svg: str) -> str:
+    "The map inside its page: boxes that exist lead to their chapters, and colours follow the page's switch rather than the machine's."
+    chapters = {path.stem[:2]: path.stem for path in (ROOT / "nbs").glob("[0-9]*.ipynb")}
+
+    def linked(match: re.Match) -> str:
+        number, name = match.groups()
+        return f'<a href="{chapters[number]}.html" aria-label="{number} {name}">{match[0]}</a>' if number in chapters else match[0]
+
+    def dark(match: re.Match) -> str:
+        return re.sub(r"\.map ", 'html[data-theme="dark"] .map ', match[1])
+
+    svg = re.sub(r"@media \(prefers-color-scheme:dark\)\{(.*?\})\s*\}", dark, svg, flags=re.S)
+    return BOX.sub(linked, svg.replace('role="img"', 'role="group"')).replace("\n", " ")
+
+
+def stage_page(name: str) -> None:
+    "A page beside the chapters, its tables filled in from what was measured."
+    text = (DOCS / f"{name}.md").read_text().replace("](../nbs/", "](")
+    for mark, table in {"<!-- films -->": films_table, "<!-- costs -->": costs_table}.items():
+        text = text.replace(mark, table()) if mark in text else text
+    (STAGED / f"{name}.md").write_text(text)
+
+
+def films_table() -> str:
+    "How much each face changed, by rule and by the person who got another driver."
+    found = json.loads((DOCS / "_static" / "play" / "films.json").read_text())
+    rules, people = {"full": "own driver", "no-mask": "everybody", "release": "the release's mask"}, ("left", "middle", "right")
+    rows = []
+    for key, numbers in found.items():
+        rule, person = key.rsplit("-", 1)
+        faces = "".join(f'<td data-face{" class=own" * (k + 1 == int(person))}>{x:.2f}</td>' for k, x in enumerate(numbers))
+        rows.append(f'<tr data-film="{key}"><td>{rules[rule]}</td><td>{people[int(person) - 1]}</td>{faces}</tr>')
+    head = "".join(f'<th scope="col">{x}</th>' for x in ("who hears whom", "other driver for", *people))
+    return f'<table class="films"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+def costs_table() -> str:
+    "Seconds and memory of each chapter."
+    found = json.loads((DOCS / "costs.json").read_text())
+    rows = [f"| [{title(ROOT / 'nbs' / f'{name}.ipynb')}]({name}.ipynb) | {cost['cpu']} | {cost['seconds']} | {cost['mb']:,} |" for name, cost in found["chapters"].items()]
+    cpu, wall = (sum(cost[name] for cost in found["chapters"].values()) for name in ("cpu", "seconds"))
+    last = f"| all of them, one after the other | {cpu:,} | {wall:,} | |"
+    return "\n".join(["| chapter | processor seconds | seconds by the clock | MB |", "|-|-:|-:|-:|", *rows, last, "", f"Taken on {found['when']}."])
 
 
 def title(path: Path) -> str:
@@ -93,6 +190,10 @@ def main() -> int:
     STAGED.mkdir(parents=True)
     for path in sorted((ROOT / "nbs").glob("*.ipynb")):
         stage(path)
+    for name in PAGES:
+        stage_page(name)
+    if (ROOT / "nbs" / "images").is_dir():
+        shutil.copytree(ROOT / "nbs" / "images", STAGED / "images", dirs_exist_ok=True)
     sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", DOCS, "-b", "html", "-d", DOCS / "_build" / "doctrees", STAGED, SITE]
     code = subprocess.run(sphinx).returncode
     found = faults(SITE)

@@ -8,9 +8,10 @@ __all__ = ['UNSEEN', 'GAZE_DEGREES', 'EXPRESSION_MEASURES', 'MOVING', 'CALM', 'R
            'frechet_distance', 'face_shape', 'skin_colour', 'face_errors', 'larger', 'Ruler', 'ruler_error',
            'following', 'leakage', 'unchanged', 'another_driver', 'another_actor', 'heard', 'multiplied', 'obeying',
            'landmarks_of', 'landmark_features', 'read_scale', 'Studio', 'as_video', 'make_methods', 'of_seed', 'judge',
-           'interventions', 'evaluate', 'mean_and_interval', 'by_film', 'results_table', 'as_markdown', 'plot_results',
-           'read_rows', 'append_rows', 'build_parser', 'settle', 'write_results', 'real_rows', 'run_bench', 'main',
-           'Ablation', 'encode_both', 'new_adapter', 'lessons', 'train_ablation']
+           'interventions', 'evaluate', 'mean_and_interval', 'by_film', 'results_table', 'over_seeds', 'ablation_table',
+           'as_markdown', 'plot_results', 'plot_differences', 'read_rows', 'append_rows', 'build_parser', 'settle',
+           'write_results', 'real_rows', 'run_bench', 'main', 'Ablation', 'new_adapter', 'encode_both', 'lessons',
+           'train_ablation']
 
 # %% ../nbs/12_exprbench.ipynb #cell-005
 import argparse
@@ -513,6 +514,30 @@ def results_table(rows: list[dict], metrics: Iterable[str] = METRICS, against: s
     return table
 
 
+def over_seeds(values: dict[str, float], draws: int = 2000, seed: int = 0) -> tuple[float, float, float, list[float]]:
+    "Of numbers by case (people-seed-index): mean, a 95 % interval that draws seeds and then each one's films (two-stage bootstrap, Davison and Hinkley 1997), and the mean of every seed."
+    groups: dict[str, list] = {}
+    for case, value in values.items():
+        groups.setdefault(case.split("-")[1], []).append(value)
+    films, g = [np.array(v) for _, v in sorted(groups.items())], np.random.default_rng(seed)
+    pick = lambda v: v[g.integers(0, len(v), len(v))].mean()  # noqa: E731
+    means = [np.mean([pick(films[k]) for k in g.integers(0, len(films), len(films))]) for _ in range(draws)]
+    return float(np.mean([v.mean() for v in films])), *np.percentile(means, [2.5, 97.5]), [float(v.mean()) for v in films]
+
+
+def ablation_table(rows: list[dict], metrics: Iterable[str], against: str = "full") -> list[dict]:  # people, method, metric, mean, low, high, seeds
+    "What changes if one thing does: differences to `against` on the same films, of networks trained with several seeds."
+    table = []
+    for people in sorted({row["people"] for row in rows}):
+        for method in dict.fromkeys(row["method"] for row in rows if row["method"] != against):
+            for metric in metrics:
+                base, mine = (by_film(rows, name, people, metric) for name in (against, method))
+                if common := base.keys() & mine.keys():
+                    mean, low, high, seeds = over_seeds({case: mine[case] - base[case] for case in sorted(common)})
+                    table.append({"people": people, "method": method, "metric": metric, "mean": mean, "low": low, "high": high, "seeds": seeds})
+    return table
+
+
 def as_markdown(table: list[dict]) -> str:
     "One line for each method and number of people, one column for each metric: mean [95 % interval]."
     metrics = list(dict.fromkeys(cell["metric"] for cell in table))
@@ -545,7 +570,27 @@ def plot_results(table: list[dict], metrics: Iterable[str] = ("psnr", "aed_ruler
     else:
         plt.show()
 
-# %% ../nbs/12_exprbench.ipynb #cell-034
+# %% ../nbs/12_exprbench.ipynb #cell-033
+def plot_differences(table: list[dict], metrics: Iterable[str]) -> None:
+    "A panel for each metric: differences by method and number of people, intervals as lines, each seed a dot. Imports matplotlib."
+    import matplotlib.pyplot as plt
+
+    methods, people = list(dict.fromkeys(c["method"] for c in table)), sorted({c["people"] for c in table})
+    fig, axes = plt.subplots(1, len(list(metrics)), figsize=(12, 3), sharey=True, layout="constrained")
+    for ax, metric in zip(np.atleast_1d(axes), metrics):
+        ax.axvline(0, color="0.7", lw=1)
+        for cell in (c for c in table if c["metric"] == metric):
+            y, colour = methods.index(cell["method"]) + 0.22 * (people.index(cell["people"]) - (len(people) - 1) / 2), f"C{people.index(cell['people'])}"
+            ax.plot([cell["low"], cell["high"]], [y, y], color=colour, lw=1.5)
+            ax.plot(cell["seeds"], [y] * len(cell["seeds"]), ".", color=colour, ms=4)
+            ax.plot(cell["mean"], y, "|", color=colour, ms=9, mew=2)
+        ax.set(title=f"{metric} ({METRICS[metric]})" if METRICS.get(metric) else metric, xlabel="difference to full")
+    np.atleast_1d(axes)[0].set(yticks=range(len(methods)), yticklabels=methods)
+    np.atleast_1d(axes)[0].invert_yaxis()
+    fig.legend([plt.Line2D([], [], color=f"C{k}") for k in range(len(people))], [f"{p} {'person' if p == 1 else 'people'}" for p in people], loc="outside lower center", ncols=len(people), fontsize=8, frameon=False)
+    plt.show()
+
+# %% ../nbs/12_exprbench.ipynb #cell-035
 def read_rows(path: Path) -> list[dict]:
     "Rows of a CSV file that `fantasy-bench` wrote; numbers as numbers."
     if not path.is_file():
@@ -604,7 +649,7 @@ def write_results(rows: list[dict], folder: Path) -> str:
     plot_results(table, path=folder / "plot.png")
     return text
 
-# %% ../nbs/12_exprbench.ipynb #cell-035
+# %% ../nbs/12_exprbench.ipynb #cell-036
 def real_rows(pipeline: PortraitPipeline, folder: Path, frames: int, done: set = frozenset(), keep: Callable = lambda rows: None, show: bool = True) -> list[dict]:
     "Every portrait by every driver of a folder: AED, APD and gaze against the driver, shape and colour against the portrait. Raises FileNotFoundError where one kind is missing."
     portraits, drivers = (sorted(p for p in (folder / kind).glob("*") if p.is_file()) for kind in ("portraits", "drivers"))
@@ -670,7 +715,7 @@ def main(arguments=None) -> int:
         return 2
     return 0
 
-# %% ../nbs/12_exprbench.ipynb #cell-037
+# %% ../nbs/12_exprbench.ipynb #cell-038
 @dataclass(frozen=True)
 class Ablation:
     "What an adapter is trained with."
@@ -691,18 +736,18 @@ ABLATIONS = {
 }
 
 
-def encode_both(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder, token: int = 8) -> dict[str, Tensor]:
-    "As `encode_stills`, and the drivers' landmarks (p m 956) beside their features."
-    marks = torch.stack([landmarks_of(crops) for crops in clip.crops])
-    return encode_stills(clip, vae, encoder, token) | {"landmarks": marks.flatten(-2).half()}
-
-
 def new_adapter(base: str | Path, ablation: Ablation, seed: int) -> Animator:
     "The base, with new tokens and an expression memory that says nothing yet."
     torch.manual_seed(seed)
     animator = Animator.from_pretrained(base)
     animator.tokens = ExpressionTokens(replace(animator.tokens.config, learnable=ablation.learnable))
     return forget_expression(animator)
+
+# %% ../nbs/12_exprbench.ipynb #cell-043
+def encode_both(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder, token: int = 8) -> dict[str, Tensor]:
+    "As `encode_stills`, and the drivers' landmarks (p m 956) beside their features."
+    marks = torch.stack([landmarks_of(crops) for crops in clip.crops])
+    return encode_stills(clip, vae, encoder, token) | {"landmarks": marks.flatten(-2).half()}
 
 
 def lessons(folder: Path, ablation: Ablation) -> tuple[LatentClips, dict[str, Tensor] | None]:  # clips, the scale of landmarks

@@ -160,9 +160,9 @@ def open_notebook(page, lab, notebook):
     page.goto(f"{lab.url}/doc/tree/{name}?reset&token={lab.token}")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
     # What the page shows says "idle" before it is connected to a kernel, and the cells that are run then are lost.
-    page.wait_for_function("""async () => {
-        const kernel = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;
-        return kernel?.connectionStatus === 'connected' && await kernel.info && true; }""")
+    kernel = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+    page.wait_for_function(f"{kernel}?.connectionStatus === 'connected'")
+    page.evaluate(f"{kernel}.info.then(() => true)")
     wait_idle(page)
 
 

@@ -411,3 +411,16 @@ def test_results_are_written(tmp_path):
     table = list(csv.DictReader(open(tmp_path / "table.csv")))
     assert len(table) == 4 and float(table[0]["mean"]) == 21.0
     assert set(BOUNDS) == {"still", "vae"} and Path(tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_seeds_count_as_seeds():
+    values = {f"2-{seed}-{k}": 10 * seed + k for seed in range(3) for k in range(4)}
+    mean, low, high, seeds = exprbench.over_seeds(values)
+    assert mean == pytest.approx(11.5) and seeds == pytest.approx([1.5, 11.5, 21.5])
+    narrow = mean_and_interval(list(values.values()))
+    assert high - low > 1.5 * (narrow[2] - narrow[1])  # three seeds say less than twelve films would
+    alike = exprbench.over_seeds({f"2-{seed}-{k}": 1.0 for seed in range(3) for k in range(4)})
+    assert alike[:3] == (1, 1, 1)
+    rows = [{"method": m, "case": f"2-{s}-{k}", "people": 2, "seed": s, "person": 1, "psnr": 20.0 + k - 2 * (m == "b")} for m in ("full", "b") for s in range(3) for k in range(2)]
+    (cell,) = exprbench.ablation_table(rows, ("psnr", "apd"))
+    assert cell["method"] == "b" and cell["mean"] == -2 and cell["seeds"] == [-2, -2, -2]
