@@ -1,4 +1,5 @@
 """The book as a site: stage the notebooks, run Sphinx on what they store, check every link inside. No cell is run and no network asked.
+`docs/build.py` makes docs/_build/html, `docs/build.py FOLDER` makes FOLDER/_build/html.
 
 nbdev's directives become what a reader expects: hidden cells go, `#| export` and its kin lose the directive line. Pictures that cells drew get
 words for readers who cannot see them, and the map becomes part of its page, with links. `docs/*.md` are pages beside the chapters.
@@ -17,7 +18,8 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 
 DOCS = Path(__file__).resolve().parent
-ROOT, STAGED, SITE = DOCS.parent, DOCS / "_staged", DOCS / "_build" / "html"
+HOME = Path(sys.argv[1]).resolve() if __name__ == "__main__" and sys.argv[1:] else DOCS
+ROOT, STAGED, SITE = DOCS.parent, HOME / "_staged", HOME / "_build" / "html"
 DROP = re.compile(r"#\|\s*(hide|default_exp)\b|show_doc\(")
 UP = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)#]+)\)")
 PAGES = ["twenty-minutes", "play", "glossary", "notation", "costs", "responsible-use"]
@@ -47,7 +49,8 @@ def stage(path: Path) -> None:
         if cell.cell_type == "code":
             cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
             if cell.metadata.get("jupyter", {}).get("source_hidden"):  # folded in JupyterLab: folded here
-                cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
+                fold = "remove-input" if "show_map(" in cell.source else "hide-input"  # the map opens a chapter: nothing above it
+                cell.metadata["tags"] = [*cell.metadata.get("tags", []), fold]
         else:
             cell.source = UP.sub(bring, cell.source)
     for number, cell in enumerate(notebook.cells):
@@ -123,13 +126,13 @@ def stage_page(name: str) -> None:
 def films_table() -> str:
     "How much each face changed, by rule and by the person who got another driver."
     found = json.loads((DOCS / "_static" / "play" / "films.json").read_text())
-    rules, people = {"full": "own driver", "no-mask": "everybody", "release": "the release's mask"}, ("left", "middle", "right")
+    rules, people = {"full": "own", "no-mask": "everybody", "release": "release's"}, ("left", "middle", "right")
     rows = []
     for key, numbers in found.items():
         rule, person = key.rsplit("-", 1)
         faces = "".join(f'<td data-face{" class=own" * (k + 1 == int(person))}>{x:.2f}</td>' for k, x in enumerate(numbers))
         rows.append(f'<tr data-film="{key}"><td>{rules[rule]}</td><td>{people[int(person) - 1]}</td>{faces}</tr>')
-    head = "".join(f'<th scope="col">{x}</th>' for x in ("who hears whom", "other driver for", *people))
+    head = "".join(f'<th scope="col">{x}</th>' for x in ("hears", "other driver", *people))
     return f'<table class="films"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
@@ -194,10 +197,10 @@ def main() -> int:
         stage_page(name)
     if (ROOT / "nbs" / "images").is_dir():
         shutil.copytree(ROOT / "nbs" / "images", STAGED / "images", dirs_exist_ok=True)
-    sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", DOCS, "-b", "html", "-d", DOCS / "_build" / "doctrees", STAGED, SITE]
+    sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", DOCS, "-b", "html", "-d", HOME / "_build" / "doctrees", STAGED, SITE]
     code = subprocess.run(sphinx).returncode
     found = faults(SITE)
-    print("\n".join(found) or f"{len(list(SITE.glob('*.html')))} pages in {SITE.relative_to(ROOT)}, every link inside leads somewhere")
+    print("\n".join(found) or f"{len(list(SITE.glob('*.html')))} pages in {SITE}, every link inside leads somewhere")
     return code or bool(found)
 
 

@@ -22,7 +22,7 @@ def browser_window():
     from playwright.sync_api import expect, sync_playwright
 
     where = chromium()
-    expect.set_options(timeout=15000)
+    expect.set_options(timeout=60_000)
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=where, headless=True, args=QUIET)
         yield running
