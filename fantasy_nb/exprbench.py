@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['UNSEEN', 'GAZE_DEGREES', 'EXPRESSION_MEASURES', 'MOVING', 'CALM', 'RULED', 'RULES', 'BOUNDS', 'MARKS', 'METRICS',
-           'ABLATIONS', 'Case', 'Benchmark', 'drawn', 'picture_errors', 'EncoderFeatures', 'perceptual_distance',
-           'frechet_distance', 'face_shape', 'skin_colour', 'face_errors', 'larger', 'Ruler', 'ruler_error',
-           'following', 'leakage', 'unchanged', 'another_driver', 'another_actor', 'heard', 'multiplied', 'obeying',
-           'landmarks_of', 'landmark_features', 'read_scale', 'Studio', 'as_video', 'make_methods', 'of_seed', 'judge',
-           'interventions', 'evaluate', 'mean_and_interval', 'by_film', 'results_table', 'over_seeds', 'ablation_table',
-           'as_markdown', 'plot_results', 'plot_differences', 'read_rows', 'append_rows', 'build_parser', 'settle',
-           'write_results', 'real_rows', 'run_bench', 'main', 'Ablation', 'new_adapter', 'encode_both', 'lessons',
-           'train_ablation']
+           'ABLATIONS', 'Case', 'case_seed', 'actor_seed', 'Benchmark', 'drawn', 'picture_errors', 'EncoderFeatures',
+           'perceptual_distance', 'frechet_distance', 'face_shape', 'skin_colour', 'face_errors', 'larger', 'Ruler',
+           'ruler_error', 'following', 'leakage', 'unchanged', 'another_driver', 'another_actor', 'heard', 'multiplied',
+           'obeying', 'landmarks_of', 'landmark_features', 'read_scale', 'Studio', 'as_video', 'make_methods',
+           'of_seed', 'judge', 'interventions', 'evaluate', 'mean_and_interval', 'by_film', 'results_table',
+           'over_seeds', 'ablation_table', 'as_markdown', 'plot_results', 'plot_differences', 'read_rows',
+           'append_rows', 'build_parser', 'settle', 'write_results', 'real_rows', 'run_bench', 'main', 'Ablation',
+           'new_adapter', 'encode_both', 'lessons', 'train_ablation']
 
 # %% ../nbs/12_exprbench.ipynb #cell-005
 import argparse
@@ -72,6 +72,16 @@ class Case:
         return np.s_[:, y0:y1, x0:x1]
 
 
+def case_seed(people: int, seed: int, index: int) -> int:
+    "All randomness of a case comes from here."
+    return ((UNSEEN + seed) * 1009 + index) * 64 + 8_000_000_000 * people
+
+
+def actor_seed(base: int, k: int) -> int:
+    "Who performs person k's motion (from 0), as a seed of `Identity.sample`."
+    return base % 2**31 + 8 * k + 2
+
+
 @dataclass(frozen=True)
 class Benchmark:
     "A set of cases, the same on every machine."
@@ -112,11 +122,11 @@ class Benchmark:
     def case(self, people: int, seed: int, index: int) -> Case:
         "Draw one."
         config = ClipConfig(frames=self.frames, height=self.height, crop=self.crop, people=(people,), whole=())
-        base = ((UNSEEN + seed) * 1009 + index) * 64 + 8_000_000_000 * people
+        base = case_seed(people, seed, index)
         scene = zoom_in(Scene.sample(people, base % 2**31 + 1), config.zoom)
         source = SceneClips(config, UNSEEN + seed)
         motions = [source.motion(base % 2**40 + 8 * k) for k in range(people)]
-        crops = [render_crops(scene.identity[k : k + 1], m, self.crop) for k, m in enumerate(motions)] if self.own else [jittered_crops(m, self.crop, base % 2**31 + 8 * k + 2) for k, m in enumerate(motions)]
+        crops = [render_crops(scene.identity[k : k + 1], m, self.crop) for k, m in enumerate(motions)] if self.own else [jittered_crops(m, self.crop, actor_seed(base, k)) for k, m in enumerate(motions)]
         crops = torch.stack([c if c.dtype == torch.uint8 else ((c + 1) * 127.5).round().to(torch.uint8) for c in crops])
         return Case(f"{people}-{seed}-{index}", scene, motions, crops, *drawn(scene, motions, config.size(people)), seed)
 

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['RANGES', 'COLOURS', 'jpeg_bytes', 'mp4_bytes', 'film_widget', 'notice', 'factor_slider', 'ExpressionMixer',
            'BoxCanvas', 'colour_of', 'paint_owners', 'paint_mask', 'RegionPainter', 'word_names', 'overheard',
-           'listen_in', 'AttentionViewer', 'Cancelled', 'keep_uploads', 'PersonRow', 'AnimatePanel']
+           'listen_in', 'AttentionViewer', 'Cancelled', 'Download', 'keep_uploads', 'PersonRow', 'AnimatePanel']
 
 # %% ../nbs/14_playground.ipynb #cell-005
-import base64
 import html
 import tempfile
 import threading
@@ -421,6 +420,28 @@ class Cancelled(Exception):
     "The button was pressed."
 
 
+class Download(anywidget.AnyWidget):
+    "A button that saves bytes as a file. (JupyterLab takes links to data out of HTML.)"
+
+    _esm = """
+    function render({ model, el }) {
+      const button = document.createElement("button");
+      button.className = "jupyter-button";
+      button.textContent = "keep " + model.get("name");
+      button.addEventListener("click", () => {
+        const link = document.createElement("a");
+        link.href = URL.createObjectURL(new Blob([model.get("data")], { type: "video/mp4" }));
+        link.download = model.get("name");
+        link.click();
+        setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+      });
+      el.appendChild(button);
+    }
+    export default { render };
+    """
+    name, data = traitlets.Unicode("film.mp4").tag(sync=True), traitlets.Bytes().tag(sync=True)
+
+
 def keep_uploads(upload: widgets.FileUpload, folder: Path) -> list[Path]:
     "Uploaded files -> files of the same names."
     paths = []
@@ -457,10 +478,10 @@ class AnimatePanel(widgets.VBox):
         self.frames, self.steps, self.seed = number("frames", frames, 1, 1000), number("steps", self.pipeline.settings.steps, 1, 100), number("seed", 0, 0, 2**31 - 1)
         self.go, self.cancel = widgets.Button(description="animate", button_style="primary", icon="play"), widgets.Button(description="cancel", disabled=True)
         self.bar, self.said = widgets.FloatProgress(0, min=0, max=1), widgets.HTML()
-        self.screen, self.link = widgets.VBox(), widgets.HTML()
+        self.screen = widgets.VBox()
         self.animation: Animation | None = None
         self.stopped, self.thread = threading.Event(), None
-        super().__init__([widgets.HBox([self.portrait, self.add_portrait, self.add_driver]), self.shown, self.rows, widgets.HBox([self.frames, self.steps, self.seed]), widgets.HBox([self.go, self.cancel, self.bar]), self.said, self.screen, self.link])
+        super().__init__([widgets.HBox([self.portrait, self.add_portrait, self.add_driver]), self.shown, self.rows, widgets.HBox([self.frames, self.steps, self.seed]), widgets.HBox([self.go, self.cancel, self.bar]), self.said, self.screen])
         self.portrait.observe(lambda _: self.look(), "value")
         self.add_portrait.observe(lambda _: self.take(self.add_portrait, self.portraits, self.see_portrait), "value")
         self.add_driver.observe(lambda _: self.take(self.add_driver, self.drivers, self.see_driver), "value")
@@ -553,14 +574,13 @@ class AnimatePanel(widgets.VBox):
             self.go.disabled, self.cancel.disabled, self.bar.value = False, True, 0.0
 
     def present(self, seconds: float) -> None:
-        "The film, enlarged, and a link to keep it."
+        "The film, enlarged, and a button to keep it."
         path = Path(self.folder.name) / "film.mp4"
         with warnings.catch_warnings():  # a column is repeated where the width is odd: nothing to tell here
             warnings.simplefilter("ignore")
             self.animation.save(path, height=256)
         data = path.read_bytes()
-        self.screen.children = [film_widget(data, 256)]
-        self.link.value = f'<a download="film.mp4" href="data:video/mp4;base64,{base64.b64encode(data).decode()}">keep film.mp4</a>'
+        self.screen.children = [film_widget(data, 256), Download(data=data, layout=widgets.Layout(width="auto"))]
         held = sum(self.animation.held)
         self.said.value = notice(f"{len(self.animation.frames)} frames in {seconds:.1f} s" + (f"; in {held} a driver's face was not seen and is held" if held else ""))
 

@@ -18,7 +18,7 @@ def lab(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser_window():
     "The system's Chromium, without a window to see."
-    from browser import QUIET, SLOW, chromium
+    from browser import QUIET, chromium
     from playwright.sync_api import expect, sync_playwright
 
     where = chromium()

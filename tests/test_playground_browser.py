@@ -8,6 +8,8 @@ import pytest
 from browser import ROOT, SHOTS, cell_output, drag, errors_shown, open_notebook, picture, run_all, shot, upload, wait_idle
 from playwright.sync_api import expect
 
+from fantasy_nb.core import read_video
+
 CHAPTER = ROOT / "nbs" / "14_playground.ipynb"
 
 
@@ -78,6 +80,9 @@ def test_chapter_14_answers(lab, page, tmp_path, record_property):
     page.wait_for_function("film => film.videoHeight > 0 && film.currentTime > 0", arg=film.element_handle())
     assert film.evaluate("film => film.videoHeight") >= 256
     keep(panel, "play-animate")
+    with page.expect_download() as kept:
+        panel.get_by_role("button", name="keep film.mp4").click()
+    assert kept.value.suggested_filename == "film.mp4" and len(read_video(kept.value.path())[0]) == 25
     (tmp_path / "notes.mp4").write_text("just a note")
     upload(page, panel.get_by_role("button", name="upload drivers"), tmp_path / "notes.mp4")
     expect(panel.locator("[role=status]")).to_contain_text("notes.mp4: cannot read it")

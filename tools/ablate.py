@@ -6,14 +6,28 @@ import argparse
 import csv
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from fantasy_nb.core import data_samples
+from fantasy_nb.animate import resize
+from fantasy_nb.core import data_samples, tile_frames
 from fantasy_nb.data import SceneClips
-from fantasy_nb.exprbench import ABLATIONS, encode_both, train_ablation
+from fantasy_nb.exprbench import ABLATIONS, RULES, Benchmark, Studio, encode_both, train_ablation
 from fantasy_nb.expression import ExpressionEncoder
 from fantasy_nb.train import PICTURES, encode_clips
 from fantasy_nb.vae import VideoVAE
+
+
+def picture(out: Path, names: list[str], seed: int) -> Path:
+    "Three people, two moments, the truth and every ablation: OUT/ablations.jpg."
+    import cv2
+
+    case = Benchmark.multi().case(3, seed, 2)
+    films = [case.film[1:]] + [Studio(out / f"{name}-{seed}", name if name in RULES else "full").film(case) for name in names]
+    sheet = tile_frames(np.concatenate([film[[8, 18]] for film in films]), columns=2)
+    path = out / "ablations.jpg"
+    cv2.imwrite(str(path), resize(sheet, (2 * sheet.shape[0], 2 * sheet.shape[1]))[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
+    return path
 
 
 def main():
@@ -24,10 +38,14 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--scenes", type=int, default=2000, help="to draw, each used in a mirror as well (default: 2000)")
+    parser.add_argument("--picture", action="store_true", help="only write OUT/ablations.jpg, of the first seed")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.picture:
+        print(picture(args.out, args.names, args.seeds[0]))
+        return
     vae, encoder = VideoVAE.from_pretrained(args.base / "vae").eval(), ExpressionEncoder.from_pretrained(args.base / "encoder").eval()
     encode_clips(SceneClips(PICTURES["tiny"]["stills"][0]), args.scenes, args.out / "cache", vae, encoder, encode_both)
     for seed in args.seeds:
