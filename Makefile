@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED ?= 1
 export JUPYTER_PLATFORM_DIRS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help install demo test bench check export in-step lint docs lab readme notebooks wheel clean
+.PHONY: browser help install demo test bench check export in-step lint docs lab readme notebooks wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
@@ -44,6 +44,10 @@ test: $(READY) ## every test, the notebooks executed among them
 
 bench: $(READY) ## 30 guided steps, our DiT beside diffusers': time, memory, same films (options: tools/bench_dit.py --help)
 	$(BIN)/python tools/bench_dit.py
+
+browser: ## Chromium for the tests of widgets (Debian and Ubuntu; elsewhere install it and set CHROMIUM=/path/to/it)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { as=""; [ "$$(id -u)" = 0 ] || as=sudo; $$as apt-get update -q && $$as apt-get install -y -q --no-install-recommends chromium; }
 
 check: $(READY) in-step lint test docs ## what CI runs: export in step, lint, tests, docs
 
