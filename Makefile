@@ -15,10 +15,10 @@ export PYTHONUNBUFFERED ?= 1
 export JUPYTER_PLATFORM_DIRS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: browser help install demo test bench check export in-step lint docs lab readme notebooks wheel clean
+.PHONY: browser colab-check help install demo test bench check export in-step lint docs lab readme notebooks wheel clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
 
 # torch first and alone. On Linux, PyPI's build brings 3 GB of CUDA: without an NVIDIA driver take the CPU build,
 # from pip's own places if they have it, else from pytorch.org if that answers.
@@ -44,6 +44,9 @@ test: $(READY) ## every test, the notebooks executed among them
 
 bench: $(READY) ## 30 guided steps, our DiT beside diffusers': time, memory, same films (options: tools/bench_dit.py --help)
 	$(BIN)/python tools/bench_dit.py
+
+colab-check: $(READY) ## every chapter from the wheel in an empty folder: Python 3.12, NumPy 2 (long; options: tools/colab_check.py --help)
+	$(BIN)/python tools/colab_check.py
 
 browser: ## Chromium for the tests of widgets (Debian and Ubuntu; elsewhere install it and set CHROMIUM=/path/to/it)
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \

@@ -464,7 +464,7 @@ def map_svg(
         raise ValueError(f"want a chapter, as in '07', got {chapter!r}")
     drawn = "".join(map_arrow(*arrow) for arrow in MAP_ARROWS.items()) + "".join(map_box(name, name == chapter) for name in MAP)
     title = "The map of the book" + (f": chapter {chapter}, {MAP[chapter][0]}, is lit" if chapter else "")
-    size = 'viewBox="0 0 602 442" role="img"'
+    size = 'width="602" height="442" viewBox="0 0 602 442" role="img"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" class="map" {size}><title>{title}</title><desc>{MAP_WORDS}</desc><style>{MAP_STYLE}</style>'
     return head + f'<rect class="paper" x="1" y="1" width="600" height="440" rx="9"/>{drawn}</svg>'
 

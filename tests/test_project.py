@@ -301,3 +301,19 @@ def test_a_chapter_runs_from_the_wheel_in_an_empty_folder(wheel, tmp_path, monke
     notebook.cells.append(nbformat.v4.new_code_cell("import fantasy_nb; print(fantasy_nb.__file__)"))
     nbformat.write(notebook, tmp_path / "00_core.ipynb")
     assert nb.execute(tmp_path / "00_core.ipynb").cells[-1].outputs[0].text.startswith(str(site))
+
+
+def test_colab_check_knows_what_it_needs(tmp_path, monkeypatch):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("colab_check", ROOT / "tools" / "colab_check.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    needs = tool.wanted()
+    assert any(need.startswith("torch") for need in needs) and not any(need.startswith("mediapipe") for need in needs)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="want Python 3.12"):
+        tool.find_python(None)
+    with pytest.raises(FileNotFoundError, match="want Python 3.12"):
+        tool.find_python("/no/such/python")
