@@ -164,6 +164,20 @@ def test_another_actor_changes_the_driver_and_nothing_else(case):
     assert other.motions is case.motions and other.film is case.film
 
 
+def test_the_actor_s_share_of_known_films(case):
+    "A film that shows who drives a third as strongly as what is performed."
+    turned = another_driver(case, 0)
+
+    def film(asked):
+        other = 0 if torch.equal(asked.crops[0], case.crops[0]) else 30 if asked is turned else 10
+        return np.full_like(case.film[1:], 100 + other)
+
+    got = exprbench.interventions(case, turned, film, film(case))
+    assert got["actor"] == pytest.approx(1 / 3) and got["leakage"] == pytest.approx(1)  # and it shows it everywhere
+    still = exprbench.interventions(case, turned, lambda asked: case.film[1:], case.film[1:])
+    assert still == {"leakage": 0.0, "actor": None}
+
+
 def test_true_films_do_not_leak(case):
     turned = another_driver(case, 1)
     rest = unchanged(case.film, turned.film)[1:]

@@ -51,8 +51,8 @@ def make_environment(folder: Path, python: str, wheel: Path) -> Path:  # its int
     own = folder / "bin" / "python"
     if not own.exists():
         subprocess.run([python, "-m", "venv", str(folder)], check=True)
-        subprocess.run([own, "-m", "pip", "install", "-q", *wanted(), *BESIDE], check=True)
-        subprocess.run([own, "-m", "pip", "install", "-q", "--no-deps", "mediapipe==0.10.21"], check=True)
+    subprocess.run([own, "-m", "pip", "install", "-q", *wanted(), *BESIDE], check=True)
+    subprocess.run([own, "-m", "pip", "install", "-q", "--no-deps", "mediapipe==0.10.21"], check=True)
     subprocess.run([own, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(wheel)], check=True)
     return own
 
