@@ -139,7 +139,7 @@ def films_table() -> str:
 def costs_table() -> str:
     "Seconds and memory of each chapter."
     found = json.loads((DOCS / "costs.json").read_text())
-    rows = [f"| [{title(ROOT / 'nbs' / f'{name}.ipynb')}]({name}.ipynb) | {cost['cpu']} | {cost['seconds']} | {cost['mb']:,} |" for name, cost in found["chapters"].items()]
+    rows = [f"| [{name.replace('_', ' ')}]({name}.ipynb) | {cost['cpu']} | {cost['seconds']} | {cost['mb']:,} |" for name, cost in found["chapters"].items()]
     cpu, wall = (sum(cost[name] for cost in found["chapters"].values()) for name in ("cpu", "seconds"))
     last = f"| all of them, one after the other | {cpu:,} | {wall:,} | |"
     return "\n".join(["| chapter | processor seconds | seconds by the clock | MB |", "|-|-:|-:|-:|", *rows, last, "", f"Taken on {found['when']}."])

@@ -410,7 +410,7 @@ def test_three_people_end_to_end(toys, monkeypatch, regions):
     for block in pipe.animator.dit.blocks:
         torch.nn.init.zeros_(block.self_attention.out.weight)
     seen, owners = [], []
-    monkeypatch.setattr(pretrained, "decode_film", lambda vae, latents, window: seen.append(latents) or np.zeros((9, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(pretrained, "decode_film", lambda vae, latents, window, watch: seen.append(latents) or np.zeros((9, 8, 8, 3), np.uint8))
     make = pretrained.face_owners
     monkeypatch.setattr(pretrained, "face_owners", lambda *a, **k: owners.append(make(*a, **k)) or owners[-1])
     from fantasy_nb.faces import Identity

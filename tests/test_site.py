@@ -16,7 +16,7 @@ LOOK = """() => ({
     broken: [...document.images].filter(image => image.complete && !image.naturalWidth).map(image => image.src.slice(0, 100)),
     unnamed: [...document.querySelectorAll("video:not([aria-label]), svg.map:not(:has(title))")].length,
     maps: document.querySelectorAll("svg.map").length, lit: document.querySelectorAll("svg.map .lit").length,
-    text: document.querySelector("article").innerText.length,
+    text: (document.querySelector("article") || document.body).innerText.length,
 })"""
 
 
