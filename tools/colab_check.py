@@ -1,7 +1,8 @@
 """Does every chapter run as on Colab? `make colab-check`, or `python tools/colab_check.py [--only 03 07] [--python PYTHON3.12] [--env FOLDER]`.
 
 The wheel is built and installed into a fresh environment of Python 3.12 with NumPy 2; each notebook then runs in an empty folder of its own, with
-nothing beside it but the wheel. MediaPipe 0.10.21 asks pip for NumPy 1 but works with NumPy 2 as long as protobuf is below 5, so it is installed without its requirements.
+nothing beside it but the wheel. MediaPipe 0.10.21 asks pip for NumPy 1 but works with NumPy 2 and protobuf 4 (or 6; not 5 or 7), so it is installed without its requirements.
+So this says that the chapters run on such versions; it does not try the first cell's own installation, which takes pip's choice (NumPy 1.26).
 Prints a line for each chapter, goes on after a failure, and ends with 1 where there was one. An environment given with --env is used again."""
 
 import argparse
