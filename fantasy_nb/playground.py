@@ -32,7 +32,7 @@ from .faces import EMOTIONS, Expression, Identity, Scene, render_face, render_sc
 from .regions import ExpressionAttention, attention_mask, face_regions, pool_regions
 from .tokens import TokenConfig
 
-# %% ../nbs/14_playground.ipynb #cell-008
+# %% ../nbs/14_playground.ipynb #cell-009
 def jpeg_bytes(picture, quality: int = 92) -> bytes:
     "uint8 (h w 3) or float (3 h w) in [0, 1] -> a JPEG file."
     import cv2
@@ -57,7 +57,7 @@ def notice(text: str, kind: str = "info") -> str:
     colour = {"info": "#1a7f37", "error": "#b42318", "busy": "#555555"}[kind]
     return f'<span role="status" style="color:{colour}">{html.escape(text)}</span>' if text else ""
 
-# %% ../nbs/14_playground.ipynb #cell-011
+# %% ../nbs/14_playground.ipynb #cell-012
 RANGES = {name: (-35.0, 35.0) if name == "yaw" else (-20.0, 20.0) for name in Expression.GROUPS["head"]}
 RANGES |= {name: (-1.0, 1.0) for name in ("gaze_x", "gaze_y", "mouth_wide")} | {"smile": (-0.5, 1.0)}
 RANGES |= {name: (0.0, 1.0) for name in Expression.names() if name not in RANGES}
@@ -169,7 +169,7 @@ class ExpressionMixer(widgets.VBox):
             return
         self.screen.children = [film_widget(mp4_bytes(frames), self.size[0])]
 
-# %% ../nbs/14_playground.ipynb #cell-020
+# %% ../nbs/14_playground.ipynb #cell-021
 COLOURS = ("#9a9a9a", "#e63232", "#3264f0", "#1ab04a", "#e0a010", "#9a30c8")  # background, then the people
 
 
@@ -260,7 +260,7 @@ class BoxCanvas(anywidget.AnyWidget):
     boxes = traitlets.List().tag(sync=True)  # [[x0, y0, x1, y1] in the picture's pixels]
     colours = traitlets.List(list(COLOURS)).tag(sync=True)
 
-# %% ../nbs/14_playground.ipynb #cell-022
+# %% ../nbs/14_playground.ipynb #cell-023
 def colour_of(owners: Tensor) -> np.ndarray:  # (...) integers -> (... 3) uint8
     "Owners as the colours of their boxes."
     table = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in COLOURS], np.uint8)
@@ -332,7 +332,7 @@ class RegionPainter(widgets.VBox):
         self.heard.value = jpeg_bytes(paint_mask(self.mask, self.owners, people, size[0]))
         self.said.value = notice("; ".join(f"face {k}: {int((self.owners == k).sum())} tokens" for k in range(1, people + 1)) + f"; background: {int((self.owners == 0).sum())}")
 
-# %% ../nbs/14_playground.ipynb #cell-027
+# %% ../nbs/14_playground.ipynb #cell-028
 def word_names(config: TokenConfig) -> list[str]:
     "Group of each of a frame's tokens: four linear ones, then the learnable."
     counts = dict(config.queries)
@@ -377,7 +377,7 @@ def listen_in(pipeline: PortraitPipeline, portrait, driver, frame: int = 0, step
     weights = torch.stack([w[0] for w in kept]).unflatten(0, (-1, blocks))  # frames of a window agree: the first
     return weights, np.pad(made.frames[0], [(0, a - b) for a, b in zip(working.shape[:2], made.frames[0].shape[:2])] + [(0, 0)], mode="edge"), (working.shape[0] // token, working.shape[1] // token)
 
-# %% ../nbs/14_playground.ipynb #cell-033
+# %% ../nbs/14_playground.ipynb #cell-034
 class AttentionViewer(widgets.VBox):
     "Which group of expression words each patch listens to, block by block and step by step."
 
@@ -415,7 +415,7 @@ class AttentionViewer(widgets.VBox):
         face = share[share > 0]
         self.said.value = notice(f"mean share inside the face: {face.mean() if len(face) else 0:.2f}")
 
-# %% ../nbs/14_playground.ipynb #cell-036
+# %% ../nbs/14_playground.ipynb #cell-037
 class Cancelled(Exception):
     "The button was pressed."
 
@@ -443,9 +443,10 @@ class Download(anywidget.AnyWidget):
 
 
 def keep_uploads(upload: widgets.FileUpload, folder: Path) -> list[Path]:
-    "Uploaded files -> files of the same names."
+    "Uploaded files -> files of the same names. ipywidgets 8 hands out a tuple of files, 7 (Colab's) a dict by name."
     paths = []
-    for item in upload.value:
+    value = upload.value
+    for item in [{"name": name, **file} for name, file in value.items()] if isinstance(value, dict) else value:
         paths.append(folder / Path(item["name"]).name)
         paths[-1].write_bytes(bytes(item["content"]))
     return paths

@@ -18,6 +18,7 @@
 Every test leaves a last picture of its page in out/browser/ too. After a click or a key, `expect` what the widget will show: between the
 click and the kernel's taking notice of it wait_idle may see an idle kernel. An error in a widget's callback shows in no cell (JupyterLab
 hides it in its log), so page.errors is gathered from what the kernel sends. A slider held down sends only its last values.
+With JUPYTER=notebook in the environment the tests drive Notebook 7 (`pip install notebook`) instead of JupyterLab.
 """
 import contextlib
 import io
@@ -39,6 +40,7 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import expect
 
+APP = os.environ.get("JUPYTER", "jupyterlab")
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT / "out" / "browser"
 SLOW = 120_000  # milliseconds: a busy machine of two cores starts a kernel slowly
@@ -110,9 +112,9 @@ class Lab:
         "Start the server and wait until it answers."
         options = [f"--ServerApp.port={self.port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={self.folder}",
                    f"--IdentityProvider.token={self.token}", "--no-browser", "--allow-root", "--LabApp.extension_manager=readonly",
-                   "--LabApp.expose_app_in_browser=True"]
+                   f"--{'JupyterNotebookApp' if APP == 'notebook' else 'LabApp'}.expose_app_in_browser=True"]
         with open(self.log, "wb") as log:
-            self.server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL,
+            self.server = subprocess.Popen([sys.executable, "-m", APP, *options], cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL,
                                            stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         until = time.time() + seconds
         while time.time() < until and self.server.poll() is None:
@@ -121,7 +123,7 @@ class Lab:
                 return self
             time.sleep(0.2)
         self.stop()
-        raise RuntimeError(f"JupyterLab did not start:\n{self.log.read_text()[-3000:]}")
+        raise RuntimeError(f"{APP} did not start:\n{self.log.read_text()[-3000:]}")
 
     def ask(self, path, method="GET"):
         "What the server's API answers."
@@ -157,7 +159,7 @@ class Lab:
 def open_notebook(page, lab, notebook):
     "Open a notebook (see Lab.add) as a page of its own, its kernel ready."
     name = lab.add(notebook)
-    page.goto(f"{lab.url}/doc/tree/{name}?reset&token={lab.token}")
+    page.goto(f"{lab.url}/{'notebooks' if APP == 'notebook' else 'doc/tree'}/{name}?reset&token={lab.token}")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
     # What the page shows says "idle" before it is connected to a kernel, and the cells that are run then are lost.
     kernel = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"

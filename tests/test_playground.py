@@ -2,6 +2,7 @@
 import io
 import time
 from datetime import datetime
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -13,7 +14,7 @@ import fantasy_nb.playground as playground
 from fantasy_nb.animate import PortraitPipeline, find_people
 from fantasy_nb.core import data_samples, read_image, read_video
 from fantasy_nb.faces import EMOTIONS, Expression
-from fantasy_nb.playground import AnimatePanel, AttentionViewer, BoxCanvas, ExpressionMixer, RegionPainter, jpeg_bytes, listen_in, mp4_bytes, notice, overheard, paint_mask, word_names
+from fantasy_nb.playground import AnimatePanel, AttentionViewer, BoxCanvas, ExpressionMixer, RegionPainter, jpeg_bytes, keep_uploads, listen_in, mp4_bytes, notice, overheard, paint_mask, word_names
 from fantasy_nb.tracking import measure_expression, track_faces
 
 
@@ -251,6 +252,12 @@ def test_progress_and_cancel(panel, monkeypatch):
     monkeypatch.setattr(panel, "watch", look)
     panel.start()
     assert panel.wait() is not None  # the next one works
+
+
+@pytest.mark.parametrize("value", [upload("../mine.mp4", b"film", "video/mp4"), {"../mine.mp4": {"metadata": {}, "content": b"film"}}], ids=["ipywidgets 8", "ipywidgets 7"])
+def test_uploads_of_both_ipywidgets_are_kept(value, tmp_path):
+    [path] = keep_uploads(SimpleNamespace(value=value), tmp_path)
+    assert path == tmp_path / "mine.mp4" and path.read_bytes() == b"film"
 
 
 def test_uploads(panel):

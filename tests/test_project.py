@@ -21,10 +21,13 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.stem[:2].isdigit()]
 MODULES = {path.stem.split("_", 1)[1]: int(path.stem[:2]) for path in CHAPTERS}  # name: chapter number
 SET_UP = '''#| hide
-import importlib.util, glob
-if importlib.util.find_spec("fantasy_nb") is None:  # a fresh Colab: install the wheel lying beside this notebook
-    wheels = sorted(glob.glob("fantasy_nb-*.whl")) or ["(no fantasy_nb wheel beside this notebook: make one with `make wheel`)"]
-    get_ipython().run_line_magic("pip", f"install -q {wheels[-1]}")'''
+import glob, importlib.metadata, importlib.util
+if importlib.util.find_spec("fantasy_nb") is None:  # a fresh Colab: install the wheel lying beside this notebook, and what Colab has not got
+    wheels = sorted(glob.glob("fantasy_nb-*.whl"))
+    assert wheels, "no fantasy_nb wheel beside this notebook: make one with `make wheel` and upload it to the same folder"
+    get_ipython().run_line_magic("pip", f"install -q --no-deps {wheels[-1]} mediapipe==0.10.21")  # MediaPipe asks for NumPy 1 and works with 2
+    needs = [need.split(";")[0] for need in importlib.metadata.requires("fantasy_nb") if "mediapipe" not in need and ("extra" not in need or "colab" in need)]
+    get_ipython().run_line_magic("pip", "install -q " + " ".join(f'"{need}"' for need in needs))'''
 
 
 def cells(path, kind="code"):

@@ -145,7 +145,7 @@ def test_umeyama_is_exact_and_never_mirrors():
 def test_umeyama_equals_the_library(astronaut_track):
     transform = pytest.importorskip("skimage.transform")
     x, y = five_points(astronaut_track)[0].double(), TEMPLATE.double() * 224
-    library = transform.SimilarityTransform.from_estimate(x.numpy(), y.numpy()).params[:2]
+    library = transform.estimate_transform("similarity", x.numpy(), y.numpy()).params[:2]
     np.testing.assert_allclose(umeyama(x, y).numpy(), library, rtol=1e-6, atol=1e-6)
 
 

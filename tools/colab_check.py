@@ -1,11 +1,13 @@
 """Does every chapter run as on Colab? `make colab-check`, or `python tools/colab_check.py [--only 03 07] [--python PYTHON3.12] [--env FOLDER]`.
 
-The wheel is built and installed into a fresh environment of Python 3.12 with NumPy 2; each notebook then runs in an empty folder of its own, with
-nothing beside it but the wheel. MediaPipe 0.10.21 asks pip for NumPy 1 but works with NumPy 2 and protobuf 4 (or 6; not 5 or 7), so it is installed without its requirements.
-So this says that the chapters run on such versions; it does not try the first cell's own installation, which takes pip's choice (NumPy 1.26).
-Prints a line for each chapter, goes on after a failure, and ends with 1 where there was one. An environment given with --env is used again."""
+A fresh environment gets Python 3.12 and what Colab has (tools/colab-versions.txt: NumPy 2, ipywidgets 7, IPython 7), and nothing of ours. Then
+each notebook runs in an empty folder of its own, with nothing beside it but the wheel: the first one's own first cell installs it, as on Colab.
+What that cell changed of Colab's is listed; anything but protobuf (MediaPipe's) is a fault, for Colab would ask for a restart.
+Prints a line for each chapter, goes on after a failure, and ends with 1 where there was one. An environment kept with --env is put back first.
+What it cannot say: whether Colab's own page shows the widgets."""
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -13,11 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BESIDE = ["numpy>=2", "protobuf>=4.25.3,<5", "absl-py", "attrs", "flatbuffers", "nbclient", "ipykernel", "scikit-image", "scenedetect", "pyarrow", "pytest"]  # Colab's own, MediaPipe's own, and what chapters 09 and 12 use
+VERSIONS = ROOT / "tools" / "colab-versions.txt"
+MAY_CHANGE = {"protobuf"}
 RUN = """
 import sys, nbformat
 from nbclient import NotebookClient
@@ -41,21 +43,20 @@ def find_python(asked: str | None) -> str:
     raise FileNotFoundError("want Python 3.12, as Colab has it, found none: say where with --python PATH")
 
 
-def wanted() -> list[str]:
-    "What the wheel requires, less MediaPipe."
-    meta = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [need for need in meta["dependencies"] if not need.startswith("mediapipe")]
-
-
-def make_environment(folder: Path, python: str, wheel: Path) -> Path:  # its interpreter
-    "A virtual environment with everything but a network's worth of CUDA, if the machine has a CPU build of torch."
+def make_environment(folder: Path, python: str) -> Path:  # its interpreter
+    "Colab's packages in a virtual environment, and none of ours: one that is there is put back to this."
     own = folder / "bin" / "python"
     if not own.exists():
         subprocess.run([python, "-m", "venv", str(folder)], check=True)
-    subprocess.run([own, "-m", "pip", "install", "-q", *wanted(), *BESIDE], check=True)
-    subprocess.run([own, "-m", "pip", "install", "-q", "--no-deps", "mediapipe==0.10.21"], check=True)
-    subprocess.run([own, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(wheel)], check=True)
+    subprocess.run([own, "-m", "pip", "uninstall", "-q", "-y", "fantasy_nb", "mediapipe"], check=True)
+    subprocess.run([own, "-m", "pip", "install", "-q", "-r", VERSIONS], check=True)
     return own
+
+
+def versions(python: Path) -> dict[str, str]:
+    "What is installed there."
+    listed = subprocess.run([python, "-m", "pip", "list", "--format=json", "--disable-pip-version-check"], check=True, capture_output=True, text=True).stdout
+    return {package["name"].lower().replace("_", "-"): package["version"] for package in json.loads(listed)}
 
 
 def run_chapter(python: Path, notebook: Path, wheel: Path) -> tuple[float, str]:  # seconds, "" or the last line of the error
@@ -84,15 +85,18 @@ def main(arguments=None) -> int:
             return 2
         subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, str(ROOT)], check=True)
         wheel = next(Path(folder).glob("*.whl"))
-        python = make_environment(args.env or Path(folder) / "env", python, wheel)
-        print(subprocess.run([python, "-c", "import sys, numpy, torch; print('Python', sys.version.split()[0], 'NumPy', numpy.__version__, 'torch', torch.__version__)"], capture_output=True, text=True).stdout.strip(), flush=True)
-        failed = 0
+        python = make_environment(args.env or Path(folder) / "env", python)
+        before, failed = versions(python), 0
+        print("Python 3.12, " + ", ".join(f"{name} {before[name]}" for name in ("numpy", "torch", "ipython", "ipywidgets", "protobuf")), flush=True)
         for chapter in chapters:
             seconds, error = run_chapter(python, chapter, wheel)
             failed += bool(error)
             print(f"{chapter.stem:16}{seconds:6.0f} s  {'FAILED: ' + error if error else 'ran'}", flush=True)
+        after = versions(python)
+        changed = {name: f"{name} {version} -> {after.get(name)}" for name, version in before.items() if after.get(name) != version}
+        print(f"installed: {len(after) - len(before)} packages; changed of Colab's: {', '.join(changed.values()) or 'nothing'}")
     print(f"{len(chapters) - failed} of {len(chapters)} chapters ran")
-    return int(failed > 0)
+    return int(failed > 0 or not changed.keys() <= MAY_CHANGE)
 
 
 if __name__ == "__main__":
