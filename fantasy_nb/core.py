@@ -7,7 +7,7 @@ __all__ = ['MAP', 'MAP_ARROWS', 'MAP_STYLE', 'MAP_WORDS', 'draw_tensor', 'seed_e
            'as_frames', 'tile_frames', 'show_frames', 'atomic', 'read_checkpoint', 'pad_even', 'has_sound', 'sound_of',
            'write_video', 'show_clip', 'open_video', 'upright', 'display_matrix', 'on_even_grid', 'true_rate',
            'read_video', 'read_image', 'write_image', 'data_samples', 'map_box', 'map_arrow', 'map_svg', 'show_map',
-           'OneLineParser']
+           'OneLineParser', 'at_least']
 
 # %% ../nbs/00_core.ipynb #cell-003
 import argparse
@@ -17,12 +17,15 @@ import os
 import pickle
 import random
 import re
+import sys
 import tempfile
 import warnings
 from contextlib import contextmanager
+from difflib import get_close_matches
 from fractions import Fraction
 from itertools import chain, takewhile
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -368,7 +371,8 @@ def read_image(
     try:
         picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"cannot read {path} as a picture: {error}") from None
+        reason = "a folder" if Path(path).is_dir() else "no format of pictures" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"cannot read {path} as a picture: {reason}") from None
     return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
 
 # %% ../nbs/00_core.ipynb #cell-083
@@ -486,3 +490,24 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (--help shows all)\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        known = self._option_string_actions
+        for text in sys.argv[1:] if args is None else args:
+            option = str(text).partition("=")[0]
+            if option.startswith("--") and len(option) > 2 and not any(name.startswith(option) for name in known):
+                near = get_close_matches(option, known, 1)
+                self.error(f"no option {option}" + (f": did you mean {near[0]}?" if near else ""))
+        return super().parse_known_args(args, namespace)
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    "For `type=` of an argument: a whole number that is not smaller."
+
+    def read(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"want at least {low}, got {text}")
+        return int(text)
+
+    read.__name__ = "whole number"
+    return read

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import OneLineParser, atomic, default_device, read_checkpoint
+from .core import OneLineParser, at_least, atomic, default_device, read_checkpoint
 from .faces import Expression, Identity, render_crops
 
 # %% ../nbs/03_expression.ipynb #cell-012
@@ -739,7 +739,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bf16", action="store_true", help="half the bits: twice as fast where the device can")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly")
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="stop, with a checkpoint, after so many minutes of training")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument("--threads", type=at_least(1), default=None, help="CPU threads")
     parser.add_argument("--out", type=Path, default=None, help="folder for the weights (default: RUN/weights)")
     return parser
 

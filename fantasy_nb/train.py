@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .core import OneLineParser, atomic, data_samples, default_device, read_checkpoint, write_image
+from .core import OneLineParser, at_least, atomic, data_samples, default_device, read_checkpoint, write_image
 from .data import REGION_MARGIN, Clip, ClipConfig, ClipFolder, SceneClips, collate, portrait_boxes
 from .dit import DiT, DiTConfig
 from .expression import ExpressionEncoder
@@ -693,7 +693,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="stop a stage, with a checkpoint, after so many minutes of training")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads of each process")
+    parser.add_argument("--threads", type=at_least(1), default=None, help="CPU threads of each process")
     parser.add_argument("--out", type=Path, default=None, help="write the averaged weights and the parts they need here, for `fantasy-animate --weights` (default: RUN/weights)")
     return parser
 

@@ -15,6 +15,7 @@ from fantasy_nb.faces import paint_background, pixel_grid, Identity
 from fantasy_nb.tracking import measure_expression, track_faces
 
 PORTRAIT, DRIVERS = str(data_samples("portrait_two.png")), [str(data_samples(f"driver_{k}.mp4")) for k in "ab"]
+ONE = str(data_samples("portrait_one.png"))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_portraits_are_scaled_to_the_faces_the_model_knows():
 def test_assignment():
     assert check_assignment(None, 2, 3) == [1, 2] and check_assignment([3, 1], 2, 3) == [3, 1]
     for wrong in ([1, 1], [0, 1], [1, 4], [1]):
-        with pytest.raises(ValueError, match="different people"):
+        with pytest.raises(ValueError, match="different person"):
             check_assignment(wrong, 2, 3)
 
 
@@ -127,13 +128,12 @@ def wrong(tmp_path):
     faceless = tmp_path / "faceless.mp4"
     write_video(faceless, background[None].repeat(5, 1, 1, 1))
     (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "copy.mp4").write_bytes(Path(DRIVERS[0]).read_bytes())
+    (tmp_path / "copy.png").write_bytes(Path(ONE).read_bytes())
     (tmp_path / "torn.mp4").write_bytes(Path(DRIVERS[0]).read_bytes()[:3000])
     (tmp_path / "torn.png").write_bytes(Path(PORTRAIT).read_bytes()[:3000])
     write_image(tmp_path / "dot.png", np.zeros((1, 1, 3), np.uint8))
     return tmp_path
-
-
-ONE = str(data_samples("portrait_one.png"))
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -153,9 +153,9 @@ ONE = str(data_samples("portrait_one.png"))
     (["{}/text.mp4", "--drive", DRIVERS[0]], "text.mp4"),
     (["{}/folder.mp4", "--drive", DRIVERS[0]], "folder.mp4"),
     (["{}/empty.mp4", "--drive", DRIVERS[0]], "empty.mp4"),
-    ([PORTRAIT, "--drive", DRIVERS[0], "--drive", DRIVERS[1], "--assign", "1", "1"], "different people"),
-    ([PORTRAIT, "--drive", DRIVERS[0], "--assign", "1", "2"], "different people"),
-    ([PORTRAIT, "--drive", DRIVERS[0], "--assign", "0"], "different people"),
+    ([PORTRAIT, "--drive", DRIVERS[0], "--drive", DRIVERS[1], "--assign", "1", "1"], "different person"),
+    ([PORTRAIT, "--drive", DRIVERS[0], "--assign", "1", "2"], "different person"),
+    ([PORTRAIT, "--drive", DRIVERS[0], "--assign", "0"], "different person"),
     ([PORTRAIT, "--names", "Anna", "--drive", "Anna=" + DRIVERS[0]], "name for each"),
     ([PORTRAIT, "--names", "Anna", "Ben", "--drive", "Anna=" + DRIVERS[0], "--drive", DRIVERS[1]], "NAME=VIDEO"),
     ([PORTRAIT, "--names", "Anna", "Ben", "--drive", "Anna=" + DRIVERS[0], "--drive", "Anna=" + DRIVERS[1]], "different name"),
@@ -181,10 +181,22 @@ ONE = str(data_samples("portrait_one.png"))
     (["{}/torn.png", "--drive", DRIVERS[0]], "torn.png"),
     (["{}/dot.png", "--drive", DRIVERS[0]], "face"),
     ([ONE, "--drive", DRIVERS[0], "--device", "cuda"], "cpu"),
+    ([ONE, "--drive", DRIVERS[0], "--device", "gpu"], "gpu"),
+    ([ONE, "--drive", DRIVERS[0], "--height", "1"], "got 1"),
+    ([ONE, "--drive", DRIVERS[0], "--guidance", "-4"], "guidance=-4"),
+    ([ONE, "--drive", ONE], "got the picture"),
+    ([DRIVERS[0], "--drive", DRIVERS[0]], "got the film"),
+    ([ONE, "--drive", "{}"], "got the folder"),
+    (["{}", "--drive", DRIVERS[0]], "a folder"),
+    ([ONE, "--drive", "Anna=" + DRIVERS[0]], "want --names"),
+    ([ONE, "--drive", "{}/copy.mp4", "-o", "{}/copy.mp4"], "would be lost"),
+    ([ONE, "--drive", "{}/copy.mp4", "-o", "{}/../{}/copy.mp4"], "would be lost"),
+    (["{}/copy.png", "--drive", DRIVERS[0], "--sheet", "{}/copy.png"], "would be lost"),
+    ([ONE, "--drive", DRIVERS[0], "-o", "{}/copy.mp4/film.mp4"], "not a folder"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(arguments, says, wrong, capfd):
     before = sorted(wrong.rglob("*"))
-    arguments = [a.format(wrong) for a in arguments]
+    arguments = [a.format(wrong, wrong.name) for a in arguments]
     arguments += [] if "-o" in arguments else ["-o", str(wrong / "out.mp4")]
     assert main([*arguments, "--quiet"]) == 2
     error = capfd.readouterr().err.strip().splitlines()
@@ -192,10 +204,26 @@ def test_bad_input_is_one_line_and_nothing_is_written(arguments, says, wrong, ca
     assert sorted(wrong.rglob("*")) == before
 
 
-def test_arguments_that_argparse_refuses_are_one_line(capfd):
+@pytest.mark.parametrize("arguments, says", [
+    ([], "required: --drive"),
+    (["--driver", DRIVERS[0], "-o", "out.mp4"], "no option --driver: did you mean --drive?"),
+    (["--drive", DRIVERS[0], "-o", "out.mp4", "--threads", "0"], "at least 1"),
+    (["--drive", DRIVERS[0], "-o", "out.mp4", "--height", "-3"], "at least 0"),
+    (["--drive", DRIVERS[0], "-o", "out.mp4", "--height", "tall"], "--height"),
+])  # fmt: skip
+def test_arguments_that_argparse_refuses_are_one_line(arguments, says, capfd):
     with pytest.raises(SystemExit) as stop:
-        main([ONE])
-    assert stop.value.code == 2 and len(capfd.readouterr().err.strip().splitlines()) == 1
+        main([ONE, *arguments])
+    error = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and says in error[0], error
+
+
+def test_a_film_asked_longer_than_its_driver_says_so(tmp_path, capfd):
+    film = tmp_path / "out.mp4"
+    write_video(tmp_path / "short.mp4", read_video(DRIVERS[0], 4)[0])
+    assert main([ONE, "--drive", str(tmp_path / "short.mp4"), "--frames", "9", "-o", str(film), "--quiet"]) == 0
+    assert "4 frames, not 9" in capfd.readouterr().err
+    assert read_video(film)[0].shape[1] == 256 and read_video(film)[0].shape[2] % 2 == 0
 
 
 def test_command_writes_film_and_sheet(tmp_path, capfd):
