@@ -462,7 +462,7 @@ def align_crop(
     size: int = 224,  # pixels
     keep_roll: bool = False,  # True: the crop stays upright, so the head's roll shows
 ) -> Tensor:  # (f 3 size size) in [-1, 1]
-    "The face in every frame, its five points on the template (PAPER section 2). Raises ValueError where frames and track differ."
+    "The face in every frame, its five points on the template (the release's aligner, after PD-FGC). Raises ValueError where frames and track differ."
     pictures = as_frames(frames)
     if len(pictures) != len(track) or pictures.shape[1:3] != tuple(track.size):
         want, got = f"{len(track)} frames of {track.size[0]}x{track.size[1]}", f"{len(pictures)} of {pictures.shape[1]}x{pictures.shape[2]}"
