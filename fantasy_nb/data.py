@@ -174,7 +174,7 @@ def collate(clips: list[Clip]) -> dict[str, Tensor]:
 # %% ../nbs/09_data.ipynb #cell-030
 @dataclass(frozen=True)
 class CurationConfig:
-    "What a clip must be like to be kept. The paper names the questions and no numbers (PAPER section 8); the numbers are ours, for portraits of 64 to 512 pixels."
+    "What a clip must be like to be kept. The paper (FantasyPortrait, Multi-Expr) names the questions and no numbers; the numbers are ours, for portraits of 64 to 512 pixels."
 
     shot_change: float = 27.0  # a cut: mean change of hue, saturation and brightness between two frames (PySceneDetect's ContentDetector)
     min_frames: int = 17  # shorter shots are rejected

@@ -35,7 +35,7 @@ from .faces import Expression, Identity, render_crops
 # %% ../nbs/03_expression.ipynb #cell-012
 @dataclass(frozen=True)
 class Features:
-    "An expression as the encoder names it: four groups, 554 numbers a frame (PAPER 2)."
+    "An expression as the encoder names it: four groups, 554 numbers a frame (the release's encoder is PD-FGC, CVPR 2023)."
     head: Tensor  # (... 6) pose of the head
     eyes: Tensor  # (... 6) gaze and blink
     emotion: Tensor  # (... 30)
@@ -150,7 +150,7 @@ class FeatureHead(nn.Module):
 
 # %% ../nbs/03_expression.ipynb #cell-025
 class ExpressionEncoder(nn.Module):
-    "Face crops -> 554 features of the expression (PAPER 2)."
+    "Face crops -> 554 features of the expression (PD-FGC, CVPR 2023, as FantasyPortrait's release uses it)."
 
     def __init__(self, config: ExpressionConfig):
         super().__init__()

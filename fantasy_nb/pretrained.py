@@ -739,7 +739,7 @@ def fit_area(picture: np.ndarray, boxes: Tensor, area: int) -> tuple[np.ndarray,
 
 
 def reach(portrait: Tensor, driver: Tensor) -> Tensor:  # (4,), (f 4) -> (4,)
-    "The portrait's box, each side moved out by as much of its size as the driver's box moves beyond its first place: a quarter at most (PAPER 5)."
+    "The portrait's box, each side moved out by as much of its size as the driver's box moves beyond its first place: a quarter at most (the release's rule)."
     size = (driver[0, 2:] - driver[0, :2]).repeat(2)
     beyond = torch.cat([driver[0, :2] - driver[:, :2].amin(0), driver[:, 2:].amax(0) - driver[0, 2:]])
     share = (beyond / size).clamp(0, 0.25)

@@ -19,7 +19,7 @@ from .expression import FEATURE_WIDTHS, Features
 # %% ../nbs/04_tokens.ipynb #cell-008
 @dataclass(frozen=True)
 class TokenConfig:
-    "Dimensions of the expression tokens (PAPER 3)."
+    "Dimensions of the expression tokens (FantasyPortrait's release)."
     width: int = 2048  # of a token
     learnable: tuple = ("mouth", "emotion")  # groups with a Perceiver resampler; () or all four are the paper's ablations
     queries: tuple = (("head", 4), ("eyes", 4), ("emotion", 4), ("mouth", 16))  # learnable tokens a group has, if it is learnable
@@ -114,7 +114,7 @@ def strengthen(
 
 # %% ../nbs/04_tokens.ipynb #cell-029
 class ExpressionTokens(nn.Module):
-    "Features of a frame -> its expression tokens: 4 linear, then 16 mouth and 4 emotion (PAPER 3, Eq. 2)."
+    "Features of a frame -> its expression tokens: 4 linear, then 16 mouth and 4 emotion (FantasyPortrait, Eq. 2, as released)."
 
     def __init__(self, config: TokenConfig):
         super().__init__()
@@ -183,7 +183,7 @@ def window_index(
     tokens: int = 24,  # e, a frame's tokens
     compat: str | None = None,  # None = right, "release" = as the release does it
 ) -> Tensor:  # (t 4e) or, release, (t 4e+1): frame * e + slot of the token at each place, -1 = padding
-    "Which tokens each latent frame gets (PAPER 4); raises ValueError unless frames = 4n+1."
+    "Which tokens each latent frame of the causal VAE gets; raises ValueError unless frames = 4n+1."
     if compat not in (None, "release"):
         raise ValueError(f'want compat=None or "release", got {compat!r}')
     if frames < 1 or frames % 4 != 1:
@@ -200,7 +200,7 @@ def window_tokens(
     tokens: Tensor,  # (b f e d), f = 4n+1
     compat: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # (b t e' d), keep (t e') bool: False = padding, not to be attended
-    "The tokens of each latent frame: its own frame's for the first, its four frames' for the others (PAPER 4)."
+    "The tokens of each latent frame: its own frame's for the first, its four frames' for the others."
     index = window_index(tokens.shape[1], tokens.shape[2], compat).to(tokens.device)
     padded = F.pad(tokens.flatten(1, 2), (0, 0, 0, 1))  # index -1 finds the zero token at the end
     return padded[:, index], (index >= 0) | (compat == "release")
