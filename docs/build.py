@@ -64,13 +64,14 @@ def stage(path: Path) -> None:
 
 
 def in_words(cells: list, number: int) -> str:
-    "What a cell's picture shows: its caption, else the sentence above it, else the one below, else the heading it stands under."
+    "What a cell's picture shows: its caption, else the sentence above it, else the one below, else its title, else the heading it stands under."
     above, below = ("\n\n" + cells[k].source if 0 <= k < len(cells) and cells[k].cell_type == "markdown" else "" for k in (number - 1, number + 1))
-    if written := re.search(r"""caption=f?(["'])([^{}]+?)\1""", cells[number].source) or re.match(r"\s*(\*)(?!\*)(.+?)\*(?!\*)", below, re.S):
+    if written := re.search(r"""(?:caption=|supxlabel\()f?(["'])([^{}]+?)\1""", cells[number].source) or re.match(r"\s*(\*)(?!\*)(.+?)\*(?!\*)", below, re.S):
         return shortened(plain(written[2]))
     sentences = [s for text in (above, below) for s in prose(text)[:: -1 if text is above else 1][:1]]
     heading = re.findall(r"^#+ (.+)$", "\n".join(c.source for c in cells[:number] if c.cell_type == "markdown"), re.M)[-1]
-    return shortened(sentences[0] if sentences else f"Figure: {plain(heading)}")
+    named = re.search(r"""\btitle=(["'])([^{}]+?)\1""", cells[number].source)
+    return shortened(sentences[0] if sentences else named[2] if named else f"Figure: {plain(heading)}")
 
 
 def prose(text: str) -> list[str]:
