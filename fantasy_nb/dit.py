@@ -125,8 +125,9 @@ def attend(
     q, k, v = (z.transpose(1, 2) for z in (query, key, value))
     if not (q.requires_grad and q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= STORED_WEIGHTS):
         return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
-    logits = (q @ k.mT).float() / q.shape[-1] ** 0.5
-    weights = (logits if bias is None else logits + bias).softmax(-1)
+    logits = (q * q.shape[-1] ** -0.5) @ k.mT
+    with torch.autocast("cpu", enabled=False):  # which would copy the logits to float32; the kernel adds up in float32 anyway
+        weights = (logits if bias is None else logits + bias).softmax(-1)
     return (weights.type_as(v) @ v).transpose(1, 2)
 
 # %% ../nbs/06_dit.ipynb #cell-032
