@@ -541,7 +541,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--out", required=True, metavar="OUT.mp4", help="file to write (H.264)")
     parser.add_argument("--assign", type=int, nargs="+", metavar="N", help="person (1 = leftmost) that each driver moves, e.g. --assign 2 1")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="the people in the portrait, from left to right; then --drive NAME=VIDEO moves who is meant")
-    parser.add_argument("--weights", default="tiny", help="tiny, mini (larger faces, still learning), or a folder of weights (default: tiny)")
+    parser.add_argument("--weights", default="tiny", help="tiny, mini (larger faces, better lids and eyes, softer), or a folder of weights (default: tiny)")
     parser.add_argument("--adapter", metavar="FILE", help="FantasyPortrait's fantasyportrait_model.ckpt: --weights is then a folder with Wan2.1-I2V-14B (chapter 13)")
     parser.add_argument("--encoder", metavar="FILE", help="with --adapter: the release's pd_fpg.pth (default: beside the adapter)")
     parser.add_argument("--size", choices=["480p", "720p"], default="480p", help="with --adapter: pixels of the film (default: 480p)")
