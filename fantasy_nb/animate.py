@@ -57,6 +57,7 @@ class PipelineConfig:
     prediction: str = "clean"
     crop: int = 64  # pixels of the encoder's crops
     keep_roll: bool = True
+    closer: float = 1.0  # and how much closer they are than the release's
     solver: str = "euler"  # or "heun", "multistep"
     interval: tuple[float, float] = (0.0, 1.0)  # times at which to guide; outside, one pass is enough
 
@@ -465,7 +466,7 @@ class PortraitPipeline(StoredPipeline):
     @torch.no_grad()
     def features(self, pictures: np.ndarray, track: FaceTrack) -> Tensor:  # (f 554)
         "What a tracked face expresses."
-        crops = align_crop(pictures, track, self.settings.crop, self.settings.keep_roll)
+        crops = align_crop(pictures, track, self.settings.crop, self.settings.keep_roll, self.settings.closer)
         return torch.cat([self.encoder(part.to(self.device)).pack() for part in crops.split(64)])
 
     def performances(self, cast: Cast) -> Tensor:  # (p 1+4n 554)

@@ -57,6 +57,7 @@ class ClipConfig:
     people: tuple = (2, 1, 2, 3, 2, 1, 2, 2)  # clip i has people[i % len(people)]
     whole: tuple = (5, 7)  # clips whose i % len(people) is here show the same faces in a larger picture, with all around them
     crop: int = 64  # pixels of the drivers' crops
+    closer: float = 1.0  # and how much closer they are than the release's (`crop_template`), as the encoder wants them
     head: tuple = (0.1, 0.8)  # heads turn by a share of `random_motion`'s angles, drawn between these
     slowest: float = 20.0  # frame rates are drawn between these: at a high rate a window's four frames are nearly one moment
     fastest: float = 50.0
@@ -106,12 +107,12 @@ def livelier(motion: Expression, g: torch.Generator, stills: bool) -> Expression
     return replace(motion, mouth_open=mouth, **lids)
 
 # %% ../nbs/09_data.ipynb #cell-013
-def jittered_crops(motion: Expression, size: int, seed: int) -> Tensor:  # (f 3 size size) uint8
+def jittered_crops(motion: Expression, size: int, seed: int, closer: float = 1.0) -> Tensor:  # (f 3 size size) uint8
     "A random driver performs a motion, cropped as the tracker does: a little off, by as much for the whole clip and a little more each frame."
     g, f = torch.Generator().manual_seed(seed), len(motion)
-    shift = 0.003 * torch.randn(1, 2, generator=g) + 0.003 * torch.randn(f, 2, generator=g)
+    shift = closer * (0.003 * torch.randn(1, 2, generator=g) + 0.003 * torch.randn(f, 2, generator=g))
     zoom = 0.985 * (1 + 0.01 * torch.randn(1, generator=g) + 0.015 * torch.randn(f, generator=g))
-    crops = render_crops(Identity.sample(1, seed), motion, size, shift, zoom)
+    crops = render_crops(Identity.sample(1, seed), motion, size, shift, zoom, closer)
     return ((crops + 1) * 127.5).round().to(torch.uint8)
 
 # %% ../nbs/09_data.ipynb #cell-014
@@ -148,7 +149,7 @@ class SceneClips(torch.utils.data.Dataset):
         (p, size, zoom), base = self.config.view(index), (self.seed * 1_000_003 + index) * 64
         motions = [self.motion(base + 8 * k).to(self.device) for k in range(p)]
         frames, boxes, _ = render_scene(zoom_in(Scene.sample(p, base + 1), zoom), motions, size)
-        crops = torch.stack([jittered_crops(m, self.config.crop, base + 8 * k + 2) for k, m in enumerate(motions)])
+        crops = torch.stack([jittered_crops(m, self.config.crop, base + 8 * k + 2, self.config.closer) for k, m in enumerate(motions)])
         return Clip((frames * 255).round().to(torch.uint8), boxes, crops, motions)
 
 # %% ../nbs/09_data.ipynb #cell-026
@@ -492,7 +493,7 @@ class ClipFolder(torch.utils.data.Dataset):
         tracks, size = [track[chosen] for track in tracks], self.config.size(row["people"])
         boxes = grown_boxes(torch.stack([track.boxes for track in tracks], 1))
         corner, scale = frame_people(boxes, size)
-        crops = torch.stack([align_crop(frames, track, self.config.crop, keep_roll=True) for track in tracks])
+        crops = torch.stack([align_crop(frames, track, self.config.crop, True, self.config.closer) for track in tracks])
         return Clip(cut_view(frames, corner, scale, size), (boxes - corner.repeat(2)) * scale, ((crops + 1) * 127.5).round().to(torch.uint8), [])
 
 # %% ../nbs/09_data.ipynb #cell-048

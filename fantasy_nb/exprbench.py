@@ -59,6 +59,7 @@ class Case:
     film: np.ndarray  # uint8 (f h w 3); frame 0 is the portrait
     boxes: Tensor  # (f p 4) true face boxes in pixels
     seed: int
+    closer: float = 1.0  # of the crops
 
     @property
     def people(self) -> int:
@@ -93,6 +94,7 @@ class Benchmark:
     own: bool = False  # self-reenactment: everybody drives themselves
     height: int = 64  # pixels, as the weights were trained
     crop: int = 64
+    closer: float = 1.0
 
     def __post_init__(self):
         if self.clips < 1 or not self.seeds or not self.people or not all(1 <= p <= 5 for p in self.people):
@@ -126,9 +128,9 @@ class Benchmark:
         scene = zoom_in(Scene.sample(people, base % 2**31 + 1), config.zoom)
         source = SceneClips(config, UNSEEN + seed)
         motions = [source.motion(base % 2**40 + 8 * k) for k in range(people)]
-        crops = [render_crops(scene.identity[k : k + 1], m, self.crop) for k, m in enumerate(motions)] if self.own else [jittered_crops(m, self.crop, actor_seed(base, k)) for k, m in enumerate(motions)]
+        crops = [render_crops(scene.identity[k : k + 1], m, self.crop, closer=self.closer) for k, m in enumerate(motions)] if self.own else [jittered_crops(m, self.crop, actor_seed(base, k), self.closer) for k, m in enumerate(motions)]
         crops = torch.stack([c if c.dtype == torch.uint8 else ((c + 1) * 127.5).round().to(torch.uint8) for c in crops])
-        return Case(f"{people}-{seed}-{index}", scene, motions, crops, *drawn(scene, motions, config.size(people)), seed)
+        return Case(f"{people}-{seed}-{index}", scene, motions, crops, *drawn(scene, motions, config.size(people)), seed, self.closer)
 
 
 def drawn(scene: Scene, motions: list[Expression], size: tuple[int, int]) -> tuple[np.ndarray, Tensor]:
@@ -228,7 +230,7 @@ class Ruler:
     def __init__(self, weights: str = "mini", size: int = 64, count: int = 600, seed: int = 3001):  # size: pixels of a face crop in the films to be read
         self.encoder = ExpressionEncoder.from_pretrained(data_samples("weights", weights) / "encoder")
         known = Expression.sample(count, seed)
-        features = self.features(render_crops(Identity.sample(count, seed), known, size))
+        features = self.features(render_crops(Identity.sample(count, seed), known, size, closer=self.encoder.config.closer))
         self.lines = {name: fit_ruler(getattr(features, group), getattr(known, name)[:, None]) for name, group in RULED.items()}
 
     @torch.no_grad()
@@ -238,7 +240,7 @@ class Ruler:
 
     def __call__(self, film: np.ndarray, track: FaceTrack) -> dict[str, Tensor]:  # {factor: (f,)}
         "What the encoder says a tracked face does."
-        features = self.features(align_crop(film, track, self.encoder.config.image_size, self.encoder.config.keep_roll))
+        features = self.features(align_crop(film, track, self.encoder.config.image_size, self.encoder.config.keep_roll, self.encoder.config.closer))
         return {name: line(getattr(features, RULED[name]))[:, 0] for name, line in self.lines.items()}
 
 
@@ -283,7 +285,7 @@ def another_driver(case: Case, j: int) -> Case:
 def another_actor(case: Case, j: int) -> Case:
     "The same case, where somebody else performs person j's motion for them. The true film stays."
     crops = case.crops.clone()
-    crops[j] = jittered_crops(case.motions[j], crops.shape[-1], 1_000_000_007 + 8 * case.seed + j)
+    crops[j] = jittered_crops(case.motions[j], crops.shape[-1], 1_000_000_007 + 8 * case.seed + j, case.closer)
     return replace(case, crops=crops)
 
 # %% ../nbs/12_exprbench.ipynb #cell-025
@@ -707,7 +709,7 @@ def run_bench(args: argparse.Namespace) -> None:
     else:
         first = Studio(weights["default"])
         kind = Benchmark.single if args.set == "single" else Benchmark.multi
-        benchmark = kind(clips=args.clips, seeds=tuple(args.seeds), frames=args.frames, own=args.own, height=first.height, crop=first.settings.crop)
+        benchmark = kind(clips=args.clips, seeds=tuple(args.seeds), frames=args.frames, own=args.own, height=first.height, crop=first.settings.crop, closer=first.settings.closer)
         if not {(name, case) for name in names for case in benchmark.names()} <= done:
             evaluate(methods, benchmark, EncoderFeatures(), Ruler(size=first.settings.crop), not args.no_leakage, done, keep, not args.quiet)
     rows = [row for row in read_rows(path) if args.folder or row["method"] in names]

@@ -10,8 +10,9 @@ __all__ = ['EMOTIONS', 'ACTIONS', 'NECK', 'FACE_PLACE', 'CROP_TEMPLATE', 'pixel_
            'paint_brows', 'eye_shape', 'paint_lids', 'paint_eyes', 'mouth_line', 'mouth_shape', 'paint_lips',
            'paint_inside', 'paint_folds', 'paint_beard', 'paint_hair', 'paint_glasses', 'paint_head', 'layer',
            'long_hair', 'neck_and_clothes', 'hair_and_ears', 'paint_person', 'paint_background', 'matched', 'in_chunks',
-           'chunk_budget', 'render_face', 'five_points_3d', 'face_landmarks', 'render_crops', 'Scene', 'head_places',
-           'mask_boxes', 'paint_in_window', 'render_scene', 'smooth_noise', 'saccades', 'pulses', 'random_motion']
+           'chunk_budget', 'render_face', 'crop_template', 'five_points_3d', 'face_landmarks', 'render_crops', 'Scene',
+           'head_places', 'mask_boxes', 'paint_in_window', 'render_scene', 'smooth_noise', 'saccades', 'pulses',
+           'random_motion']
 
 # %% ../nbs/01_faces.ipynb #cell-005
 from dataclasses import dataclass, fields
@@ -326,7 +327,7 @@ def relief(m: Maps, X: Tensor, Y: Tensor) -> Tensor:
     "Soft bumps on the masses, by place (X, Y) on the face: cheekbones, brow ridge, lips' mound, chin, sockets, lifted cheeks."
     A, drop = X.abs(), 0.20 * m.mouth_open
     bones = 0.07 * bump(A, Y, 0.37, 0.30, 0.20, 0.18) + 0.05 * bump(A, Y, 0.20, -0.20, 0.30, 0.08) - 0.07 * bump(A, Y, eye_x(m), 0.0, 0.19, 0.12)
-    mouth = (0.07 + 0.09 * m.pucker) * bump(X, Y, 0, 0.64 + drop * 0.4, 0.26, 0.20) + 0.07 * bump(X, Y, 0, 0.93 + drop, 0.18, 0.12)
+    mouth = (0.07 + 0.13 * m.pucker) * bump(X, Y, 0, 0.64 + drop * 0.4, 0.26, 0.20) + (0.07 + 0.06 * m.pucker) * bump(X, Y, 0, 0.93 + drop, 0.18, 0.12)
     return bones + mouth + 0.05 * (m.smile.clamp(0) + 1.5 * m.cheek) * bump(A, Y, 0.38, 0.28, 0.16, 0.12)
 
 # %% ../nbs/01_faces.ipynb #cell-037
@@ -444,7 +445,7 @@ def paint_skin(h: Head, ink: Maps) -> Tensor:  # (k 3)
     skin = tint(ink.skin, ink.skin * rgb(1.03, 0.80, 0.78, h.X), blush)
     socket = bump(h.A, h.Y, eye_x(h.m), -0.04, 1.35 * eye_radius(h.m), 1.05 * eye_radius(h.m))
     hollow = bump(h.A, h.Y, 0.40, 0.56, 0.11, 0.17) * (-h.m.mouth_wide).clamp(0)  # cheeks are drawn in with the corners of the mouth
-    return tint(skin, ink.shadow, (0.30 * socket + 0.40 * hollow) * h.front)
+    return tint(skin, ink.shadow, (0.30 * socket + 0.48 * hollow) * h.front)
 
 # %% ../nbs/01_faces.ipynb #cell-051
 def paint_nose(h: Head, paint: Tensor) -> Tensor:
@@ -472,12 +473,12 @@ def eye_shape(h: Head) -> Maps:
     m, radius = h.m, eye_radius(h.m)
     blink = torch.where(h.X > 0, m.blink_left, m.blink_right)
     u, v = (h.A - eye_x(m)) / radius, h.Y / radius
-    opening = (1 - blink) * (1 - 0.12 * m.smile.clamp(0)) * (1 - 0.22 * m.squint + 0.20 * m.widen) * (1 + 0.10 * m.gaze_y)  # the lid follows the eye
+    opening = (1 - blink) * (1 - 0.12 * m.smile.clamp(0)) * (1 - 0.22 * m.squint + 0.20 * m.widen) * (1 + 0.16 * m.gaze_y)  # the lid follows the eye
     arch, closed = (1 - u * u).clamp(0), (1 - opening).clamp(0)
     lower = 0.02 + (0.28 - 0.06 * m.smile.clamp(0) - 0.08 * m.squint - 0.16 * m.cheek) * arch**0.8 - 0.03 * u
     upper = torch.minimum(0.02 - 0.58 * opening * arch**0.6 + 0.10 * closed - 0.03 * u + 0.17 * closed * arch, lower)
     white = cover(torch.maximum(upper - v, v - lower) * radius, h.pixel) * cover((u.abs() - 1) * radius, h.pixel) * h.front
-    iu, iv = u - 0.34 * m.gaze_x * torch.sign(h.X), v + 0.24 * m.gaze_y + 0.03 + 0.06 * closed
+    iu, iv = u - 0.34 * m.gaze_x * torch.sign(h.X), v + 0.26 * m.gaze_y + 0.03 + 0.06 * closed
     return Maps(u=u, v=v, radius=radius, upper=upper, lower=lower, arch=arch, white=white, iu=iu, iv=iv, ir=(iu * iu + iv * iv).sqrt())
 
 # %% ../nbs/01_faces.ipynb #cell-055
@@ -508,7 +509,7 @@ def paint_eyes(h: Head, ink: Maps, paint: Tensor, eye: Maps) -> Tensor:
 # %% ../nbs/01_faces.ipynb #cell-059
 def mouth_line(m: Maps) -> tuple:  # height of the mouth, half its width
     "Where the mouth is and how wide: smile and stretch widen it, pucker and opening narrow it."
-    stretch = 1 + 0.26 * m.mouth_wide + 0.22 * m.smile.clamp(0) - 0.42 * m.pucker
+    stretch = 1 + 0.30 * m.mouth_wide + 0.22 * m.smile.clamp(0) - 0.42 * m.pucker
     return 0.66 + 0.02 * m.smile, (0.240 + 0.04 * m.mouth_width) * stretch * (1 - 0.12 * m.mouth_open)
 
 # %% ../nbs/01_faces.ipynb #cell-060
@@ -519,9 +520,10 @@ def mouth_shape(h: Head) -> Maps:
     arch, snarl = (1 - t * t).clamp(0), m.sneer * torch.exp(-(((t.abs() - 0.45) / 0.3) ** 2))
     upper = level - 0.11 * m.smile * t * t - 0.035 * m.mouth_open * arch - 0.012 * torch.exp(-30 * t * t) - 0.03 * snarl
     lower = upper + 0.30 * m.mouth_open * arch**0.75 + 0.03 * snarl * arch
-    thick = (0.80 + 0.5 * m.lip_thickness) * (1 + 0.50 * m.pucker) * (1 - 0.25 * m.mouth_wide.clamp(0))  # pursed lips swell, stretched ones thin
+    thick = (0.80 + 0.5 * m.lip_thickness) * (1 + 0.50 * m.pucker) * (1 - 0.30 * m.mouth_wide.clamp(0))  # pursed lips swell, stretched ones thin
     bow = 1 - 0.28 * torch.exp(-((t / 0.16) ** 2)) + 0.18 * torch.exp(-(((t.abs() - 0.3) / 0.15) ** 2))
-    top, bottom = upper - 0.062 * thick * arch**0.6 * bow, lower + 0.085 * thick * arch**0.65 * (1 + 0.4 * m.pout)
+    round_ = 0.62 * (1 - 0.45 * m.pucker) * (1 + 0.6 * m.mouth_wide.clamp(0))  # pursed lips are round, stretched ones run out to a point
+    top, bottom = upper - 0.062 * thick * arch**round_ * bow, lower + 0.085 * thick * arch**round_ * (1 + 0.4 * m.pout)
     sides = cover((t.abs() - 1) * half, h.pixel) * h.front
     inner = cover(torch.maximum(upper - h.Y, h.Y - lower), h.pixel) * sides * smoothstep(0.0, 0.04, m.mouth_open + 0.08 * m.sneer)
     lips = cover(torch.maximum(top - h.Y, h.Y - bottom), h.pixel) * sides
@@ -565,10 +567,12 @@ def paint_folds(h: Head, ink: Maps, paint: Tensor) -> Tensor:
         paint = crease(paint, stroke(Y - level - 0.25 * A, 0.02, p) * bump(A, Y, 0.07, level, 0.07, 0.2), 0.7 * m.wrinkle, 0.7)
     paint = crease(paint, stroke(Y - 0.17 - 0.25 * side**2, 0.025, p) * torch.exp(-((side / 0.13) ** 2)), 0.30 * old + 0.5 * m.cheek, 0.6)
     level, half = mouth_line(m)
-    dimple = bump(A, Y, half + 0.05, level, 0.025, 0.07)  # a stretched mouth has them; a pursed one has upright lines around it
-    paint = crease(paint, dimple, 0.65 * m.mouth_wide.clamp(0), 0.6)
-    upright = stroke(torch.remainder(h.X + 0.04, 0.08) - 0.04, 0.014, p) * (bump(A, Y, 0, level - 0.14, 0.16, 0.05) + 0.6 * bump(A, Y, 0, level + 0.17, 0.13, 0.04))
-    paint = crease(paint, upright, 0.8 * m.pucker, 0.55)
+    dimple = bump(A, Y, half + 0.06, level, 0.035, 0.10)  # of a stretched mouth; one that is drawn in folds the skin below its corners, a pursed one has upright lines around it
+    paint = crease(paint, dimple, 0.9 * m.mouth_wide.clamp(0), 0.75)
+    fold = stroke(A - half - 0.03 - 0.35 * (Y - level).clamp(0), 0.018, p) * smoothstep(level - 0.03, level + 0.04, Y) * smoothstep(level + 0.30, level + 0.12, Y)
+    paint = crease(paint, fold, 0.7 * (-m.mouth_wide).clamp(0), 0.6)
+    upright = stroke(torch.remainder(h.X + 0.05, 0.10) - 0.05, 0.018, p) * (bump(A, Y, 0, level - 0.15, 0.18, 0.06) + 0.8 * bump(A, Y, 0, level + 0.19, 0.15, 0.05))
+    paint = crease(paint, upright, 0.9 * m.pucker, 0.65)
     rays = torch.remainder(Y + 0.01 - 0.25 * (side - 0.2), 0.06) - 0.03
     return crease(paint, stroke(rays, 0.014, p) * bump(side, Y, 0.23, 0.01, 0.07, 0.09), 0.35 * old + 0.6 * m.cheek, 0.6)
 
@@ -725,12 +729,20 @@ def render_face(
 CROP_TEMPLATE = torch.tensor([[0.3843, 0.27], [0.62, 0.2668], [0.503, 0.4185], [0.406, 0.5273], [0.5977, 0.525]])  # x, y as fractions of the crop (the release's aligner)
 
 
+def crop_template(
+    closer: float = 1.0,  # how many times larger the face is than in the release's crop
+) -> Tensor:  # (5 2) x, y as fractions of the crop
+    "Where the five points lie; enlarged around a place between the eyes and the nose, so that at 1.7 a face from brow to chin fills the crop."
+    middle = torch.tensor([0.5, 0.306])
+    return middle + closer * (CROP_TEMPLATE - middle)
+
+
 def five_points_3d(identity: Identity, expression: Expression) -> Tensor:  # (n 5 3) in head units, as the camera sees them
     "Pupils, nose tip and mouth corners (left to right in the picture) on the turned head."
     identity, expression = matched(identity, expression)
     m = as_maps(identity, expression)
     (level, half), eye, r = mouth_line(m), eye_x(m), eye_radius(m)
-    gaze, lift, corner = 0.34 * m.gaze_x * r, -(0.24 * m.gaze_y + 0.03) * r, level - 0.11 * m.smile
+    gaze, lift, corner = 0.34 * m.gaze_x * r, -(0.26 * m.gaze_y + 0.03) * r, level - 0.11 * m.smile
     X = torch.cat([gaze - eye, gaze + eye, 0 * eye, -half, half], 1)
     Y = torch.cat([lift, lift, 0.36 + 0.12 * m.nose_length, corner, corner], 1)
     Z, _ = head_surface(m, [X, Y, torch.zeros_like(X)], [0.0, 0.0, 1.0])
@@ -752,10 +764,11 @@ def render_crops(
     size: int,
     shift: Tensor | None = None,  # (n 2) jitter of the crop, as fractions of its size
     zoom: Tensor | None = None,  # (n,) jitter of the scale, 1 = none
+    closer: float = 1.0,  # of `crop_template`
 ) -> Tensor:  # (n 3 size size) in [-1, 1]
-    "Heads aligned to `CROP_TEMPLATE` by scale and shift (least squares): what `align_crop(..., keep_roll=True)` cuts out of a video."
+    "Heads aligned to `crop_template` by scale and shift (least squares): what `align_crop(..., keep_roll=True)` cuts out of a video."
     identity, expression = matched(identity, expression)
-    points, target = five_points_3d(identity, expression)[..., :2], CROP_TEMPLATE.to(expression.yaw)
+    points, target = five_points_3d(identity, expression)[..., :2], crop_template(closer).to(expression.yaw)
     p0, t0 = points.mean(1, keepdim=True), target.mean(0)
     p, t = points - p0, target - t0
     scale = (p * t).sum((1, 2)) / (p * p).sum((1, 2))

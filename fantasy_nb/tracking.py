@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .core import as_frames
+from .faces import crop_template
 
 # %% ../nbs/02_tracking.ipynb #cell-008
 @contextmanager
@@ -253,7 +254,7 @@ def look_distance(
 
 # %% ../nbs/02_tracking.ipynb #cell-042
 FIVE = [468, 473, 1, 61, 291]  # left and right pupil, nose tip, left and right mouth corner: image left to right
-TEMPLATE = torch.tensor([[0.3843, 0.27], [0.62, 0.2668], [0.503, 0.4185], [0.406, 0.5273], [0.5977, 0.525]])  # fractions of the crop
+TEMPLATE = crop_template()  # x, y as fractions of the crop
 
 
 def five_points(
@@ -461,6 +462,7 @@ def align_crop(
     track: FaceTrack,
     size: int = 224,  # pixels
     keep_roll: bool = False,  # True: the crop stays upright, so the head's roll shows
+    closer: float = 1.0,  # of `crop_template`: the face so many times larger than in the release's crops
 ) -> Tensor:  # (f 3 size size) in [-1, 1]
     "The face in every frame, its five points on the template (the release's aligner, after PD-FGC). Raises ValueError where frames and track differ."
     pictures = as_frames(frames)
@@ -468,7 +470,7 @@ def align_crop(
         want, got = f"{len(track)} frames of {track.size[0]}x{track.size[1]}", f"{len(pictures)} of {pictures.shape[1]}x{pictures.shape[2]}"
         raise ValueError(f"want the track's {want}, got {got}")
     points = five_points(track).double()
-    matrices = umeyama(points, (TEMPLATE.double() * size).expand_as(points), keep_roll)
+    matrices = umeyama(points, (crop_template(closer).double() * size).expand_as(points), keep_roll)
     crops = np.stack([warp(picture, matrix, size) for picture, matrix in zip(pictures, matrices.numpy())])
     return torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
 

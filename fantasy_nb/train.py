@@ -10,7 +10,8 @@ __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'EVERYTHING',
            'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA', 'make_accelerator', 'whole', 'spread_like',
            'save_checkpoint', 'load_checkpoint', 'carries_expression', 'parameter_groups', 'forget_expression',
            'held_out_loss', 'check_run', 'one_step', 'train', 'append_log', 'Watcher', 'build_parser', 'main',
-           'start_processes', 'fingerprint', 'stamp_cache', 'fill_caches', 'load_animator', 'run_stage', 'run_training']
+           'start_processes', 'fingerprint', 'stamp_cache', 'as_heard', 'fill_caches', 'load_animator', 'run_stage',
+           'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-005
 import argparse
@@ -752,6 +753,11 @@ def stamp_cache(folder: Path, made_of: dict, write: bool = True) -> None:
             part.write_text(json.dumps(made_of, indent=2))
 
 # %% ../nbs/10_train.ipynb #cell-073
+def as_heard(config: ClipConfig, encoder: ExpressionEncoder) -> ClipConfig:
+    "Pictures whose drivers are cropped as the encoder wants them."
+    return replace(config, crop=encoder.config.image_size, closer=encoder.config.closer)
+
+
 def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoVAE, encoder: ExpressionEncoder, token: int, device, rank: int, world: int) -> list[Path]:
     "Draw and encode what is not there yet; the folders to learn from."
     folders, parts = [], {"vae": fingerprint(vae), "encoder": fingerprint(encoder)}
@@ -759,13 +765,15 @@ def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoV
         raise ValueError(f"want a stage that {args.config} has pictures for, got --stage {args.stage}: there are none of kind {', '.join(missing)}")
     for kind in kinds:
         clip_config, encode, count = PICTURES[args.config][kind]
+        clip_config = as_heard(clip_config, encoder)
         count, seed = count if args.clips is None else args.clips, int(kind == "small")  # small pictures show other people: the more the better
         stamp_cache(cache / kind, {"seed": seed} | asdict(clip_config) | parts, write=rank == 0 and count > 0)
         encode_clips(SceneClips(clip_config, seed=seed, device=device), count, cache / kind, vae, encoder, partial(encode, token=token), rank=rank, world=world)
         folders += [cache / kind] if count or not args.data else []
     if args.data and "clips" in kinds:
-        real = ClipFolder(args.data, PICTURES[args.config]["clips"][0], args.seed)
-        stamp_cache(cache / "data", {"folder": str(args.data.resolve()), "clips": len(real), "seed": args.seed} | asdict(PICTURES[args.config]["clips"][0]) | parts, write=rank == 0)
+        clip_config = as_heard(PICTURES[args.config]["clips"][0], encoder)
+        real = ClipFolder(args.data, clip_config, args.seed)
+        stamp_cache(cache / "data", {"folder": str(args.data.resolve()), "clips": len(real), "seed": args.seed} | asdict(clip_config) | parts, write=rank == 0)
         encode_clips(real, len(real), cache / "data", vae, encoder, partial(encode_clip, token=token), rank=rank, world=world)
         folders.append(cache / "data")
     elif args.data:
@@ -805,7 +813,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
     folders = fill_caches(args, kinds, cache, vae, encoder, token, device, rank, world)
     accelerator.wait_for_everyone()
     scenes = PICTURES[args.config][kinds[0]]
-    unseen, encode = SceneClips(scenes[0], seed=999, device=device), partial(scenes[1], token=token)
+    unseen, encode = SceneClips(as_heard(scenes[0], encoder), seed=999, device=device), partial(scenes[1], token=token)
     watch = Watcher(run, unseen, encode, vae, encoder, animator, config, args.samples, args.tensorboard, rank == 0)
     ema = train(animator, LatentClips(*folders), config, run, args.resume, args.max_minutes, channels=channel_weights(vae), decode=pixel_decoder(vae), watch=watch)
     averaged = whole(ema.shadow)  # by all processes
@@ -815,7 +823,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
         watch.answer.save_pretrained(out, torch.float16)
         vae.save_pretrained(out / "vae")
         encoder.save_pretrained(out / "encoder")
-        faces = {"face_height": round(0.742 * scenes[0].height, 1), "most_pixels": 24 * scenes[0].height ** 2, "crop": encoder.config.image_size}
+        faces = {"face_height": round(0.742 * scenes[0].height, 1), "most_pixels": 24 * scenes[0].height ** 2, "crop": encoder.config.image_size, "closer": encoder.config.closer}
         (out / "pipeline.json").write_text(json.dumps(faces, indent=2))
         print(f"{stage}: {ema.steps} of {config.steps} steps, weights in {out}")
     accelerator.wait_for_everyone()

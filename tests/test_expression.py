@@ -90,21 +90,26 @@ def test_save_and_load(tiny, tmp_path):
     assert a.dtype == b.dtype == torch.float32 and (a - b).norm() / a.norm() < 1e-2
 
 
-def test_a_block_shares_each_groups_values_and_deals_the_rest_independently():
-    from fantasy_nb.expression import COPIES, GROUPS, VALUES, dealt_block
-    from fantasy_nb.faces import Expression
+def test_a_block_deals_every_deck_independently():
+    from fantasy_nb.expression import COPIES, DECKS, EVERY_DECK, GROUPS, VALUES, dealt_block
+    from fantasy_nb.faces import EMOTIONS, Expression
 
-    for seed in range(4):
+    assert set(sum(DECKS.values(), ())) == set(Expression.names()) - set(EMOTIONS) | {"emotion"} and tuple(DECKS) == GROUPS
+    everything = []
+    for seed in range(40):
         person, expression, dealt = dealt_block(seed, jitter=0.0)
-        assert len(person) == len(expression) == VALUES * COPIES and dealt.shape == (4, VALUES * COPIES)
-        for group, label in zip(GROUPS, dealt):
+        assert len(person) == len(expression) == VALUES * COPIES and dealt.shape == (len(EVERY_DECK), VALUES * COPIES)
+        for deck, label in zip(EVERY_DECK, dealt):
             assert (torch.bincount(label) == COPIES).all()
-            for name in Expression.GROUPS[group]:
+            for name in EMOTIONS if deck == "emotion" else (deck,):
                 x = getattr(expression, name)
-                assert all(len(x[label == v].unique()) == 1 for v in range(VALUES)), (group, name)
-        assert not any(torch.equal(dealt[a], dealt[b]) for a in range(4) for b in range(a))
+                assert all(len(x[label == v].unique()) == 1 for v in range(VALUES)), name
+        assert not any(torch.equal(dealt[a], dealt[b]) for a in range(len(dealt)) for b in range(a))
         again = dealt_block(seed, jitter=0.0)
         assert torch.equal(again[1].yaw, expression.yaw) and torch.equal(again[2], dealt)
+        everything.append(torch.stack([getattr(expression, name) for name in EVERY_DECK if name != "emotion"]))
+    r = torch.corrcoef(torch.cat(everything, 1)) - torch.eye(len(EVERY_DECK) - 1)
+    assert r.abs().max() < 0.2, r  # what shares a stretch shares no pucker
 
 
 def test_pair_loss_against_loops():

@@ -52,7 +52,7 @@ class Weights:
         self.token = 8 * self.pipeline.animator.dit.config.patch[1]
 
     def clips(self, people: int, frames: int) -> SceneClips:
-        return SceneClips(ClipConfig(frames=frames, height=self.height, crop=self.settings.crop, people=(people,), whole=()), SEED + people, device=self.device)
+        return SceneClips(ClipConfig(frames=frames, height=self.height, crop=self.settings.crop, closer=self.settings.closer, people=(people,), whole=()), SEED + people, device=self.device)
 
     @torch.no_grad()
     def read(self, clip):  # -> video (1 3 f h w), features (p f 554), owners (2 n)
@@ -146,13 +146,13 @@ def encoder_reader(weights: Weights, count: int = 1600, seed: int = 2001):
     "Straight lines, laid on drawn people, from the features of the pipeline's own encoder (chapter 03) to the factors."
     encoder = weights.pipeline.encoder
     size, known = encoder.config.image_size, Expression.sample(count, seed)
-    crops = render_crops(Identity.sample(count, seed), known, size)
+    crops = render_crops(Identity.sample(count, seed), known, size, closer=encoder.config.closer)
     features = Features.unpack(torch.cat([encoder(part.to(weights.device)).pack().cpu() for part in crops.split(100)]))
     rulers = {name: fit_ruler(getattr(features, group), torch.as_tensor(curve_of(known, name))[:, None]) for name, group in FACTORS.items()}
 
     @torch.no_grad()
     def read(track, film):
-        row = encoder(align_crop(film, track, size, weights.settings.keep_roll).to(weights.device))
+        row = encoder(align_crop(film, track, size, encoder.config.keep_roll, encoder.config.closer).to(weights.device))
         return {name: rulers[name](getattr(row, group).cpu())[:, 0] for name, group in FACTORS.items()}
 
     return read
@@ -222,7 +222,7 @@ def long(weights: Weights, frames: int = 201, others: int = 50, seed: int = SEED
     drawn, boxes, _ = render_scene(place, motions, size)
     video = (drawn.transpose(0, 1)[None] * 2 - 1).to(device)
     with torch.no_grad():
-        crops = [render_crops(Identity.sample(1, 31 + j), m, weights.settings.crop) for j, m in enumerate(motions)]
+        crops = [render_crops(Identity.sample(1, 31 + j), m, weights.settings.crop, closer=weights.settings.closer) for j, m in enumerate(motions)]
         features = torch.stack([torch.cat([weights.pipeline.encoder(part.to(device)).pack() for part in c.split(64)]) for c in crops])
     owners, truth, gallery = owners_from_portrait(boxes[0], size, 5, weights.token).to(device), true_frames(video), []
     for k in tqdm(range(others), desc="other people", unit="scene"):

@@ -50,7 +50,8 @@ def features(encoder, motion, kind, seed, alone=False):
     n, g, (shift, zoom) = len(motion), torch.Generator().manual_seed(seed), KINDS[kind]
     people = Identity.sample(1, seed).repeat(n) if alone or kind == "same" else Identity.sample(n, seed)
     shifts, zooms = shift * torch.randn(n, 2, generator=g), 1 + zoom * torch.randn(n, generator=g)
-    crops = ((render_crops(people, motion, 64, shifts, zooms) + 1) * 127.5).round() / 127.5 - 1
+    crops = render_crops(people, motion, encoder.config.image_size, encoder.config.closer * shifts, zooms, encoder.config.closer)
+    crops = ((crops + 1) * 127.5).round() / 127.5 - 1
     return torch.cat([encoder(part).pack() for part in crops.split(100)])
 
 

@@ -54,10 +54,10 @@ def share_right(x, label, fit, penalty=1e-3):
     return ((x @ weight + bias).argmax(1) == label)[~fit].float().mean().item()
 
 
-def faces(people, each, seed, size):
+def faces(people, each, seed, size, closer):
     "`each` random expressions of each of `people` random people."
     who, expression = torch.arange(people).repeat_interleave(each), Expression.sample(people * each, seed)
-    return who, expression, render_crops(Identity.sample(people, seed)[who], expression, size)
+    return who, expression, render_crops(Identity.sample(people, seed)[who], expression, size, closer=closer)
 
 
 def in_batches(f, crops):
@@ -107,7 +107,7 @@ def real_films(encoder, folder, rulers):
     for name, people in (("biden.mp4", 1), ("two_person.mp4", 2)):
         frames, _ = read_video(folder / name)
         for k, track in enumerate(track_faces(frames, people)):
-            features = Features.unpack(in_batches(lambda c: encoder(c).pack(), align_crop(frames, track, encoder.config.image_size, keep_roll=encoder.config.keep_roll)))
+            features = Features.unpack(in_batches(lambda c: encoder(c).pack(), align_crop(frames, track, encoder.config.image_size, encoder.config.keep_roll, encoder.config.closer)))
             seen, row = measure_expression(track), []
             for factor, (group, ruler) in rulers.items():
                 row.append(f"{factor} {np.corrcoef(ruler(getattr(features, group))[:, 0], np.asarray(seen[factor]))[0, 1]:.2f}")
@@ -120,12 +120,12 @@ def main():
     parser.add_argument("--real", type=Path, default=Path(__file__).parents[2] / "shared" / "real")
     args = parser.parse_args()
     encoder = ExpressionEncoder.from_pretrained(args.weights).eval()
-    size = encoder.config.image_size
+    size, closer = encoder.config.image_size, encoder.config.closer
     torch.manual_seed(0)
     blank = ExpressionEncoder(encoder.config).eval()
     views = {"ours": lambda c: encoder(c).pack(), "untrained": lambda c: blank(c).pack()}
 
-    who, expression, crops = faces(200, 10, 31_001, size)
+    who, expression, crops = faces(200, 10, 31_001, size, closer)
     everything, rulers = torch.ones(len(who), dtype=torch.bool), {}
     packed = {name: in_batches(f, crops) for name, f in views.items()}
     table = {name: ({g: getattr(Features.unpack(x), g) for g in GROUPS}, everything) for name, x in packed.items()}
@@ -137,7 +137,7 @@ def main():
         rulers[factor] = group, fit_ruler(table["ours"][0][group], getattr(expression, factor)[:, None])
 
     print("\nwho is it? 50 people, share right")
-    who, expression, crops = faces(50, 40, 32_001, size)
+    who, expression, crops = faces(50, 40, 32_001, size, closer)
     marks, found = landmarks_of(render_crops(Identity.sample(50, 32_001)[who], expression, 128))
     everything = torch.ones(len(who), dtype=torch.bool)
     leakage({name: (in_batches(f, crops), everything) for name, f in views.items()} | {"landmarks": (marks, found)}, who, 40)
@@ -145,7 +145,7 @@ def main():
     print("\nwhose expression is nearest? 200 expressions, each by two people; chance 0.005")
     expression = Expression.sample(200, 33_001)
     pair = [render_crops(Identity.sample(200, seed), expression, 128) for seed in (33_001, 33_002)]
-    small = [fit_size(c, size) for c in pair]
+    small = [fit_size(render_crops(Identity.sample(200, seed), expression, 128, closer=closer), size) for seed in (33_001, 33_002)]
     for name, f in views.items():
         a, b = (in_batches(f, c) for c in small)
         both = per_group(torch.cat([a, b]))

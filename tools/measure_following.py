@@ -101,13 +101,13 @@ def curve_of(motion, name):
 def encoder_reader(encoder, config, count=1600, seed=2001):
     "A function like `measured`: what straight lines, laid on drawn people, read off the encoder's features of a film's faces."
     known = Expression.sample(count, seed)
-    crops = render_crops(Identity.sample(count, seed), known, config.crop)
+    crops = render_crops(Identity.sample(count, seed), known, config.crop, closer=config.closer)
     features = Features.unpack(torch.cat([encoder(part).pack() for part in crops.split(100)]))
     rulers = {name: fit_ruler(getattr(features, group), getattr(known, name)[:, None]) for name, group in FACTORS.items()}
 
     @torch.no_grad()
     def read(frames, people):
-        rows = [encoder(align_crop(frames, track, config.crop, config.keep_roll)) for track in tracked(frames, people)]
+        rows = [encoder(align_crop(frames, track, config.crop, config.keep_roll, config.closer)) for track in tracked(frames, people)]
         return [{name: rulers[name](getattr(row, group))[:, 0] for name, group in FACTORS.items()} for row in rows]
 
     return read
