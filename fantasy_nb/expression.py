@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS', 'DECKS', 'EVERY_DECK', 'VALUES', 'COPIES',
-           'DIRECTIONS', 'AGREED', 'ROUGHLY', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'OF_THE_ROUND',
+           'DIRECTIONS', 'AGREED', 'ROUGHLY', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'OF_THE_ROUND', 'STEPS',
            'Features', 'ExpressionConfig', 'ConvBlock', 'Hourglass', 'FaceBackbone', 'FeatureHead', 'ExpressionEncoder',
            'fit_size', 'release_name', 'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank',
            'stored_bank', 'pair_loss', 'value_means', 'centre_blocks', 'fisher_directions', 'agreement', 'normal',
@@ -84,7 +84,7 @@ class ExpressionConfig:
         "For two CPU cores."
         return cls(image_size=64, width=64, depth=3, hidden=128, heatmaps=48, readout=8, mouth_embed=0, keep_roll=True, closer=1.7)
 
-# %% ../nbs/03_expression.ipynb #cell-016
+# %% ../nbs/03_expression.ipynb #cell-018
 class ConvBlock(nn.Module):
     "Three 3x3 convolutions, each reading the one before; their outputs side by side are added to the input."
 
@@ -104,7 +104,7 @@ class ConvBlock(nn.Module):
         three = self.conv3(self.bn3(two).relu())
         return torch.cat([one, two, three], 1) + (x if self.downsample is None else self.downsample(x))
 
-# %% ../nbs/03_expression.ipynb #cell-020
+# %% ../nbs/03_expression.ipynb #cell-022
 class Hourglass(nn.Module):
     "Looks at half the size, and inside that at half the size again: fine detail plus wide context."
 
@@ -117,7 +117,7 @@ class Hourglass(nn.Module):
         small = self.up(self.inner(self.down(F.max_pool2d(x, 2))))
         return self.skip(x) + F.interpolate(small, size=x.shape[-2:], mode="bilinear")
 
-# %% ../nbs/03_expression.ipynb #cell-022
+# %% ../nbs/03_expression.ipynb #cell-024
 class FaceBackbone(nn.Module):
     "The face alignment network (FAN): a picture -> heat maps of a face -> one vector."
 
@@ -140,7 +140,7 @@ class FaceBackbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (n 3 s s) -> (n hidden)
         return self.vector(self.readout(self.maps(x)).flatten(1).relu())
 
-# %% ../nbs/03_expression.ipynb #cell-024
+# %% ../nbs/03_expression.ipynb #cell-026
 class FeatureHead(nn.Module):
     "One group's way out of the face vector: Linear-ReLU-BatchNorm-Linear, then a projection where the group has one."
 
@@ -149,7 +149,7 @@ class FeatureHead(nn.Module):
         self.trunk = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.BatchNorm1d(hidden), nn.Linear(hidden, width))
         self.embed = nn.Sequential(nn.ReLU(), nn.Linear(width, embed)) if embed else nn.Identity()
 
-# %% ../nbs/03_expression.ipynb #cell-025
+# %% ../nbs/03_expression.ipynb #cell-027
 class ExpressionEncoder(nn.Module):
     "Face crops -> 554 features of the expression (PD-FGC, CVPR 2023, as FantasyPortrait's release uses it)."
 
@@ -207,7 +207,7 @@ def fit_size(crops: Tensor, size: int) -> Tensor:  # (n 3 s s) -> (n 3 size size
         return crops
     return F.interpolate(crops, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
-# %% ../nbs/03_expression.ipynb #cell-027
+# %% ../nbs/03_expression.ipynb #cell-029
 RENAMES = {
     "stem": "conv1", "stem_norm": "bn1", "block1": "conv2", "block2": "conv3", "block3": "conv4", "top": "top_m_0", "mix": "conv_last0",
     "mix_norm": "bn_end0", "heatmaps": "l0", "heatmap_norm": "bn5", "readout": "conv6", "vector": "fc",
@@ -231,7 +231,7 @@ def release_name(name: str, depth: int = 4) -> str:
     block, rest = rest.split(".", 1)
     return f"model.m0.{dict(skip='b1', down='b2', up='b3')[block]}_{level}.{rest}"
 
-# %% ../nbs/03_expression.ipynb #cell-031
+# %% ../nbs/03_expression.ipynb #cell-033
 FACTOR_RANGE = {"yaw": (-40, 40), "pitch": (-20, 20), "roll": (-20, 20), "gaze_x": (-1, 1), "gaze_y": (-1, 1), "mouth_wide": (-1, 1), "smile": (-0.5, 1)}  # others 0 to 1
 GROUPS = tuple(FEATURE_WIDTHS)
 DECKS = {name: ("emotion",) if name == "emotion" else Expression.GROUPS[name] for name in GROUPS}  # {group: its decks of cards}
@@ -268,7 +268,7 @@ def dealt_block(
             factors[name] = (x + jitter * (high - low) * torch.randn(n, generator=g) * (x != 0)).clamp(low, high)
     return Identity.sample(VALUES, seed)[deal()], Expression.neutral(n, **factors), torch.stack(dealt)
 
-# %% ../nbs/03_expression.ipynb #cell-034
+# %% ../nbs/03_expression.ipynb #cell-036
 def as_bytes(crops: Tensor) -> Tensor:  # [-1, 1] -> uint8
     "A quarter of the memory."
     return ((crops + 1) * 127.5).round().clamp(0, 255).byte()
@@ -313,7 +313,7 @@ def render_bank(
         dealt.append(cards)
     return Bank(torch.stack(pictures), torch.stack(dealt))
 
-# %% ../nbs/03_expression.ipynb #cell-035
+# %% ../nbs/03_expression.ipynb #cell-037
 def stored_bank(
     folder: Path,
     blocks: int,
@@ -337,7 +337,7 @@ def stored_bank(
         parts.append(load_file(path))
     return Bank(*(torch.cat([part[name] for part in parts]) for name in ("pictures", "dealt")))
 
-# %% ../nbs/03_expression.ipynb #cell-038
+# %% ../nbs/03_expression.ipynb #cell-040
 def pair_loss(
     z: Tensor,  # (n d) one group's features
     label: Tensor,  # (n,) which value of the group each picture shows
@@ -350,7 +350,7 @@ def pair_loss(
     share = (label[:, None] == label[None]) & ~itself
     return -similarity.masked_fill(itself, float("-inf")).log_softmax(-1)[share].mean()
 
-# %% ../nbs/03_expression.ipynb #cell-041
+# %% ../nbs/03_expression.ipynb #cell-043
 def value_means(z: Tensor, label: Tensor) -> Tensor:  # (n d), (n,) -> (n d)
     "For each picture the mean over all that share its value."
     label = label - label.min()
@@ -388,7 +388,7 @@ def agreement(z: Tensor, label: Tensor) -> Tensor:  # (n d), (n,) -> (d,)
     rest = (z - value_means(z, label)).square().sum(0) * COPIES / (COPIES - 1)
     return (1 - rest / z.square().sum(0)).clamp(0, 1)
 
-# %% ../nbs/03_expression.ipynb #cell-046
+# %% ../nbs/03_expression.ipynb #cell-048
 def normal(like: Tensor, g: torch.Generator, *shape) -> Tensor:  # (n *shape) normal numbers on the device of `like`
     "One draw for each picture."
     return torch.randn(len(like), *shape, generator=g).to(like)
@@ -456,7 +456,7 @@ def augment(
     noise = 0.06 * strength * torch.rand(len(x), 1, 1, 1, generator=g).to(x) * normal(x, g, *x.shape[1:])
     return (x + noise).clamp(-1, 1)
 
-# %% ../nbs/03_expression.ipynb #cell-049
+# %% ../nbs/03_expression.ipynb #cell-051
 DIRECTIONS = {"head": 3, "eyes": 3, "emotion": 14, "mouth": 3}  # lessons of each deck; features are chosen among them afterwards
 AGREED = 0.2  # a direction becomes a feature if pictures that share a value agree on it at least so far
 ROUGHLY = 0.1  # how far such pictures differ when features are chosen, in shares of a factor's range
@@ -512,7 +512,7 @@ def pixel_codes(pictures: Tensor, count: int = 400) -> Tensor:  # (n 3 s s) uint
     mean = grey.mean(0)
     return (grey - mean) @ torch.pca_lowrank(grey[:6000] - mean, min(count, len(grey), grey.shape[1]), center=False)[2]
 
-# %% ../nbs/03_expression.ipynb #cell-050
+# %% ../nbs/03_expression.ipynb #cell-052
 def lay_lines(
     projections: nn.ModuleDict,
     hidden: dict[str, Tensor],  # {group: (n hidden)}
@@ -524,7 +524,7 @@ def lay_lines(
         solution = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]).to(x), x.T @ targets[name][0].double())
         layer.weight.data.copy_(solution[:-1].T), layer.bias.data.copy_(solution[-1])
 
-# %% ../nbs/03_expression.ipynb #cell-054
+# %% ../nbs/03_expression.ipynb #cell-056
 def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> None:
     "Each group's features: its directions in its own hidden features, weighted by agreement and turned at random so that no feature stands alone."
     hidden, g = hidden_of_pictures(encoder, bank.pictures.flatten(0, 1)), torch.Generator().manual_seed(seed)
@@ -540,7 +540,7 @@ def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> No
         matrix = turn @ torch.stack([way for _, _, way in found])
         layer.weight.data.copy_(matrix), layer.bias.data.copy_(-matrix @ mean)
 
-# %% ../nbs/03_expression.ipynb #cell-056
+# %% ../nbs/03_expression.ipynb #cell-058
 @torch.no_grad()
 def wake_units(encoder: ExpressionEncoder, pictures: Tensor, g: torch.Generator) -> int:  # (n 3 s s) uint8 -> how many slept
     "Hidden units of the heads that are positive on no picture get a random direction that is positive on half of them."
@@ -560,7 +560,7 @@ def wake_units(encoder: ExpressionEncoder, pictures: Tensor, g: torch.Generator)
             values[asleep] = start  # 0.40, 0.34: mean and variance of a normal number behind a ReLU
     return count
 
-# %% ../nbs/03_expression.ipynb #cell-059
+# %% ../nbs/03_expression.ipynb #cell-061
 class Course:
     "An encoder's training so far."
 
@@ -597,7 +597,7 @@ class Course:
         "Half the bits (bfloat16) where `settings` ask for it."
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["bf16"])
 
-# %% ../nbs/03_expression.ipynb #cell-061
+# %% ../nbs/03_expression.ipynb #cell-063
 def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     "Some pictures, disturbed; predict what their partners say; one step."
     s, done = course.settings, course.step / course.settings["steps"]
@@ -619,7 +619,7 @@ def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     course.step += 1
     return {name: loss.item() for name, loss in losses.items()}
 
-# %% ../nbs/03_expression.ipynb #cell-063
+# %% ../nbs/03_expression.ipynb #cell-065
 @torch.no_grad()
 def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there were
     "Units whose variance was 0 throughout training keep their constant and pass nothing on, whatever a later face may send."
@@ -628,7 +628,7 @@ def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there wer
         norm.weight[norm.running_var < norm.eps] = 0.0
     return sum(int((norm.weight == 0).sum()) for norm in norms)
 
-# %% ../nbs/03_expression.ipynb #cell-066
+# %% ../nbs/03_expression.ipynb #cell-068
 @torch.no_grad()
 def turn_down(encoder: ExpressionEncoder) -> None:
     "The same function with hidden units of variance 1 and a face vector to match: a ReLU passes any factor on, and the norm behind it takes it out again."
@@ -643,7 +643,7 @@ def turn_down(encoder: ExpressionEncoder) -> None:
     for first in firsts:
         first.weight.mul_(louder)
 
-# %% ../nbs/03_expression.ipynb #cell-067
+# %% ../nbs/03_expression.ipynb #cell-069
 PARTS_OF_A_COURSE = ("encoder", "projections", "optimizer")
 OF_THE_ROUND = ("step", "blocks", "targets")
 
@@ -668,7 +668,7 @@ def load_course(course: Course, path) -> None:
         setattr(course, name, state[name].cpu() if name == "blocks" else state[name])
     course.g.set_state(state["dice"].cpu())
 
-# %% ../nbs/03_expression.ipynb #cell-068
+# %% ../nbs/03_expression.ipynb #cell-070
 def train_encoder(
     config: ExpressionConfig,
     steps: int = 3600,
@@ -713,7 +713,7 @@ def train_encoder(
     set_last_layers(course.encoder, rough, seed)
     return calibrate(course.encoder, rough.pictures[:16].flatten(0, 1))
 
-# %% ../nbs/03_expression.ipynb #cell-070
+# %% ../nbs/03_expression.ipynb #cell-072
 @torch.no_grad()
 def calibrate(
     encoder: ExpressionEncoder,
@@ -733,13 +733,16 @@ def calibrate(
         last.bias.sub_(mean).div_(scale).add_(1)
     return encoder
 
-# %% ../nbs/03_expression.ipynb #cell-076
+# %% ../nbs/03_expression.ipynb #cell-078
+STEPS = {"tiny": 2600, "mini": 3600}  # a quarter of an hour and an hour of two cores, pictures included
+
+
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train-encoder`."
     parser = OneLineParser("fantasy-train-encoder", description="Train an expression encoder on pictures drawn in pairs; no true factor is ever a target.")
     parser.add_argument("--config", choices=["tiny", "mini"], default="tiny", help="size of the encoder (default: tiny)")
     parser.add_argument("--run", type=Path, default=None, help="folder of pictures, checkpoint and log (default: runs/encoder-CONFIG)")
-    parser.add_argument("--steps", type=int, default=3600, help="training steps (default: 3600)")
+    parser.add_argument("--steps", type=int, default=None, help="training steps (default: " + ", ".join(f"{steps} for {size}" for size, steps in STEPS.items()) + ")")
     parser.add_argument("--init", type=Path, default=None, help="folder of encoder weights to go on with (a new run, with a slope of its own)")
     parser.add_argument("--strength", type=float, default=0.5, help="of the augmentation (default: 0.5)")
     parser.add_argument("--texture", type=float, default=0.0, help="of other surfaces among it (default: 0, none)")
@@ -770,11 +773,12 @@ def main(arguments=None) -> int:
 def run_course(args: argparse.Namespace) -> int:
     "What the command does once its arguments are read."
     run, config, device = args.run or Path(f"runs/encoder-{args.config}"), getattr(ExpressionConfig, args.config)(), default_device()
+    steps = STEPS[args.config] if args.steps is None else args.steps
     checkpoint, log = run / "checkpoint.pt", run / "log.csv"
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} is there already: --resume goes on from it, another --run starts anew")
-    if args.blocks < 2 or args.steps < 1:
-        raise ValueError(f"want at least 2 blocks and 1 step, got --blocks {args.blocks} --steps {args.steps}")
+    if args.blocks < 2 or steps < 1:
+        raise ValueError(f"want at least 2 blocks and 1 step, got --blocks {args.blocks} --steps {steps}")
     init = None if args.init is None else ExpressionEncoder.from_pretrained(args.init)
     if init is not None and init.config != config:
         raise ValueError(f"want {args.init} to hold an encoder of size {args.config}, got {init.config}")
@@ -796,12 +800,12 @@ def run_course(args: argparse.Namespace) -> int:
                 file.flush()
 
         options = dict(strength=args.strength, texture=args.texture, learning_rate=args.lr, bf16=args.bf16, device=device, max_minutes=args.max_minutes, init=init)
-        encoder = train_encoder(config, args.steps, args.seed, bank, rough, log=write, checkpoint=checkpoint, **options)
+        encoder = train_encoder(config, steps, args.seed, bank, rough, log=write, checkpoint=checkpoint, **options)
     encoder.save_pretrained(args.out or run / "weights")
-    print(f"weights in {args.out or run / 'weights'}" + (f" after {last} of {args.steps} steps; --resume goes on" if 0 < last < args.steps else ""))
+    print(f"weights in {args.out or run / 'weights'}" + (f" after {last} of {steps} steps; --resume goes on" if 0 < last < steps else ""))
     return 0
 
-# %% ../nbs/03_expression.ipynb #cell-078
+# %% ../nbs/03_expression.ipynb #cell-080
 def fit_ruler(
     features: Tensor,  # (n d)
     factors: Tensor,  # (n k) true values

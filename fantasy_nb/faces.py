@@ -8,11 +8,11 @@ __all__ = ['EMOTIONS', 'ACTIONS', 'NECK', 'FACE_PLACE', 'CROP_TEMPLATE', 'pixel_
            'as_maps', 'skull', 'nose', 'eye_x', 'eye_radius', 'soft_max', 'relief', 'head_surface', 'Head', 'look_at',
            'light_direction', 'lighting', 'hsv', 'rgb', 'palette', 'tint', 'develop', 'paint_skin', 'paint_nose',
            'paint_brows', 'eye_shape', 'paint_lids', 'paint_eyes', 'mouth_line', 'mouth_shape', 'paint_lips',
-           'paint_inside', 'paint_folds', 'paint_beard', 'paint_hair', 'paint_glasses', 'paint_head', 'layer',
-           'long_hair', 'neck_and_clothes', 'hair_and_ears', 'paint_person', 'paint_background', 'matched', 'in_chunks',
-           'chunk_budget', 'render_face', 'crop_template', 'five_points_3d', 'face_landmarks', 'render_crops', 'Scene',
-           'head_places', 'mask_boxes', 'paint_in_window', 'render_scene', 'smooth_noise', 'saccades', 'pulses',
-           'random_motion']
+           'paint_inside', 'crease', 'paint_mouth_folds', 'paint_folds', 'paint_beard', 'paint_hair', 'paint_glasses',
+           'paint_head', 'layer', 'long_hair', 'neck_and_clothes', 'hair_and_ears', 'paint_person', 'paint_background',
+           'matched', 'in_chunks', 'chunk_budget', 'render_face', 'crop_template', 'five_points_3d', 'face_landmarks',
+           'render_crops', 'Scene', 'head_places', 'mask_boxes', 'paint_in_window', 'render_scene', 'smooth_noise',
+           'saccades', 'pulses', 'random_motion']
 
 # %% ../nbs/01_faces.ipynb #cell-005
 from dataclasses import dataclass, fields
@@ -522,8 +522,8 @@ def mouth_shape(h: Head) -> Maps:
     lower = upper + 0.30 * m.mouth_open * arch**0.75 + 0.03 * snarl * arch
     thick = (0.80 + 0.5 * m.lip_thickness) * (1 + 0.50 * m.pucker) * (1 - 0.30 * m.mouth_wide.clamp(0))  # pursed lips swell, stretched ones thin
     bow = 1 - 0.28 * torch.exp(-((t / 0.16) ** 2)) + 0.18 * torch.exp(-(((t.abs() - 0.3) / 0.15) ** 2))
-    round_ = 0.62 * (1 - 0.45 * m.pucker) * (1 + 0.6 * m.mouth_wide.clamp(0))  # pursed lips are round, stretched ones run out to a point
-    top, bottom = upper - 0.062 * thick * arch**round_ * bow, lower + 0.085 * thick * arch**round_ * (1 + 0.4 * m.pout)
+    curve = 0.62 * (1 - 0.45 * m.pucker) * (1 + 0.6 * m.mouth_wide.clamp(0))  # pursed lips are round, stretched ones run out to a point
+    top, bottom = upper - 0.062 * thick * arch**curve * bow, lower + 0.085 * thick * arch**curve * (1 + 0.4 * m.pout)
     sides = cover((t.abs() - 1) * half, h.pixel) * h.front
     inner = cover(torch.maximum(upper - h.Y, h.Y - lower), h.pixel) * sides * smoothstep(0.0, 0.04, m.mouth_open + 0.08 * m.sneer)
     lips = cover(torch.maximum(top - h.Y, h.Y - bottom), h.pixel) * sides
@@ -549,32 +549,38 @@ def paint_inside(h: Head, paint: Tensor, mouth: Maps) -> Tensor:
     return tint(paint, inside * (0.6 + 0.4 * h.diffuse)[:, None], mouth.inner)
 
 # %% ../nbs/01_faces.ipynb #cell-065
+def crease(h: Head, ink: Maps, paint: Tensor, line: Tensor, strength, most: float) -> Tensor:
+    "A line of shadow, as dark as `strength` says and never more than `most`."
+    return tint(paint, ink.shadow, (strength * line).clamp(0, most) * h.front)
+
+
+def paint_mouth_folds(h: Head, ink: Maps, paint: Tensor) -> Tensor:
+    "A stretched mouth has dimples, one that is drawn in folds the skin below its corners, a pursed one has upright lines around it."
+    m, Y, A, p, (level, half) = h.m, h.Y, h.A, h.pixel, mouth_line(h.m)
+    dimple = bump(A, Y, half + 0.06, level, 0.035, 0.10)
+    paint = crease(h, ink, paint, dimple, 0.9 * m.mouth_wide.clamp(0), 0.75)
+    fold = stroke(A - half - 0.03 - 0.35 * (Y - level).clamp(0), 0.018, p) * smoothstep(level - 0.03, level + 0.04, Y) * smoothstep(level + 0.30, level + 0.12, Y)
+    paint = crease(h, ink, paint, fold, 0.7 * (-m.mouth_wide).clamp(0), 0.6)
+    upright = stroke(torch.remainder(h.X + 0.05, 0.10) - 0.05, 0.018, p) * (bump(A, Y, 0, level - 0.15, 0.18, 0.06) + 0.8 * bump(A, Y, 0, level + 0.19, 0.15, 0.05))
+    return crease(h, ink, paint, upright, 0.9 * m.pucker, 0.65)
+
+
 def paint_folds(h: Head, ink: Maps, paint: Tensor) -> Tensor:
-    "Laugh lines, forehead lines, frown, nose wrinkle, bags and crow's feet."
+    "Laugh lines, forehead lines, frown, nose wrinkle, bags and crow's feet; then the mouth's."
     m, Y, A, p, old = h.m, h.Y, h.A, h.pixel, smoothstep(0.4, 1.0, h.m.age)
     nose_end, side = 0.36 + 0.12 * m.nose_length, A - eye_x(m)
-
-    def crease(paint, line, strength, most):
-        return tint(paint, ink.shadow, (strength * line).clamp(0, most) * h.front)
-
     laugh = stroke(A - 0.20 - 0.45 * (Y - nose_end).clamp(0) - 0.05 * m.smile - 0.05 * m.mouth_wide + 0.05 * m.pucker, 0.035, p) * smoothstep(nose_end - 0.05, nose_end + 0.1, Y) * smoothstep(0.75, 0.5, Y)
-    paint = crease(paint, laugh, 0.10 + 0.22 * m.smile.clamp(0) + 0.20 * m.cheek + 0.25 * old, 0.6)
+    paint = crease(h, ink, paint, laugh, 0.10 + 0.22 * m.smile.clamp(0) + 0.20 * m.cheek + 0.25 * old, 0.6)
     waves = torch.remainder(Y + 0.55 + 0.02 * torch.cos(6 * h.X) + 0.06 * m.brow_raise, 0.09) - 0.045
     forehead = stroke(waves, 0.014, p) * smoothstep(-0.66, -0.56, Y) * smoothstep(-0.36, -0.42, Y) * smoothstep(0.42, 0.25, A)
-    paint = crease(paint, forehead, 0.30 * old + 0.40 * m.brow_raise.clamp(0) ** 2, 0.55)
-    paint = crease(paint, stroke(A - 0.055, 0.018, p) * bump(A, Y, 0, -0.20, 1.0, 0.09), 0.7 * m.brow_furrow + 0.15 * old, 0.75)
+    paint = crease(h, ink, paint, forehead, 0.30 * old + 0.40 * m.brow_raise.clamp(0) ** 2, 0.55)
+    paint = crease(h, ink, paint, stroke(A - 0.055, 0.018, p) * bump(A, Y, 0, -0.20, 1.0, 0.09), 0.7 * m.brow_furrow + 0.15 * old, 0.75)
     for level in (0.10, 0.19):
-        paint = crease(paint, stroke(Y - level - 0.25 * A, 0.02, p) * bump(A, Y, 0.07, level, 0.07, 0.2), 0.7 * m.wrinkle, 0.7)
-    paint = crease(paint, stroke(Y - 0.17 - 0.25 * side**2, 0.025, p) * torch.exp(-((side / 0.13) ** 2)), 0.30 * old + 0.5 * m.cheek, 0.6)
-    level, half = mouth_line(m)
-    dimple = bump(A, Y, half + 0.06, level, 0.035, 0.10)  # of a stretched mouth; one that is drawn in folds the skin below its corners, a pursed one has upright lines around it
-    paint = crease(paint, dimple, 0.9 * m.mouth_wide.clamp(0), 0.75)
-    fold = stroke(A - half - 0.03 - 0.35 * (Y - level).clamp(0), 0.018, p) * smoothstep(level - 0.03, level + 0.04, Y) * smoothstep(level + 0.30, level + 0.12, Y)
-    paint = crease(paint, fold, 0.7 * (-m.mouth_wide).clamp(0), 0.6)
-    upright = stroke(torch.remainder(h.X + 0.05, 0.10) - 0.05, 0.018, p) * (bump(A, Y, 0, level - 0.15, 0.18, 0.06) + 0.8 * bump(A, Y, 0, level + 0.19, 0.15, 0.05))
-    paint = crease(paint, upright, 0.9 * m.pucker, 0.65)
+        paint = crease(h, ink, paint, stroke(Y - level - 0.25 * A, 0.02, p) * bump(A, Y, 0.07, level, 0.07, 0.2), 0.7 * m.wrinkle, 0.7)
+    paint = crease(h, ink, paint, stroke(Y - 0.17 - 0.25 * side**2, 0.025, p) * torch.exp(-((side / 0.13) ** 2)), 0.30 * old + 0.5 * m.cheek, 0.6)
     rays = torch.remainder(Y + 0.01 - 0.25 * (side - 0.2), 0.06) - 0.03
-    return crease(paint, stroke(rays, 0.014, p) * bump(side, Y, 0.23, 0.01, 0.07, 0.09), 0.35 * old + 0.6 * m.cheek, 0.6)
+    paint = crease(h, ink, paint, stroke(rays, 0.014, p) * bump(side, Y, 0.23, 0.01, 0.07, 0.09), 0.35 * old + 0.6 * m.cheek, 0.6)
+    return paint_mouth_folds(h, ink, paint)
 
 # %% ../nbs/01_faces.ipynb #cell-066
 def paint_beard(h: Head, ink: Maps, paint: Tensor, mouth: Maps) -> Tensor:

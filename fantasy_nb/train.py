@@ -676,6 +676,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="small: unrelated moments in small pictures (mini only), quick to draw and to learn; stills: the same in full size; clips: motion; mixed: both; default: these, one after the other. base: both without any expression; adapter: the expression alone, on a frozen base (--init)")
     parser.add_argument("--init", type=Path, default=None, help="folder with dit/ and tokens/ to start from, as an earlier stage wrote them (default: random weights)")
     parser.add_argument("--parts", type=Path, default=None, help="folder with vae/ and encoder/ weights (default: the shipped ones of this config)")
+    parser.add_argument("--encoder", type=Path, default=None, help="folder of the expression encoder to listen to (default: encoder/ in --parts)")
     parser.add_argument("--run", type=Path, default=None, help="folder of checkpoint, log, samples and cache, with all stages one inside it for each (default: runs/CONFIG)")
     parser.add_argument("--cache", type=Path, default=None, help="folder of encoded pictures, one in it for each kind (default: RUN/cache)")
     parser.add_argument("--clips", type=int, default=None, help="scenes to render and encode into the cache, if they are not there yet (default: the config's, 1500 to 3450)")
@@ -806,7 +807,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
         raise ValueError(f"want a cache with folders {' and '.join(kinds)} in it, found clips-*.safetensors in {cache} itself: move them one folder down")
     config, device = replace(config, **{k: v for k, v in asked.items() if v is not None}), default_device()
     parts = args.parts or data_samples("weights", args.config)
-    vae, encoder = VideoVAE.from_pretrained(parts / "vae").to(device).eval(), ExpressionEncoder.from_pretrained(parts / "encoder").to(device).eval()
+    vae, encoder = VideoVAE.from_pretrained(parts / "vae").to(device).eval(), ExpressionEncoder.from_pretrained(args.encoder or parts / "encoder").to(device).eval()
     torch.manual_seed(config.seed)
     animator = load_animator(args, stage, init, device)
     token = 8 * animator.dit.config.patch[1]

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fantasy_nb.faces import (CROP_TEMPLATE, EMOTIONS, Expression, Identity, Scene, face_landmarks, five_points_3d, mask_boxes,
+from fantasy_nb.faces import (CROP_TEMPLATE, EMOTIONS, Expression, Identity, Scene, crop_template, face_landmarks, five_points_3d, mask_boxes,
                               paint_background, pixel_grid, random_motion, render_crops, render_face, render_scene)
 
 
@@ -65,6 +65,15 @@ def test_crops_put_the_five_points_on_the_template():
     assert crops.shape == (20, 3, 64, 64) and crops.min() >= -1 and crops.max() <= 1
     wide = render_crops(people, straight, 64, zoom=torch.full((20,), 1.2))
     assert (crops - wide).abs().mean() > 0.02
+
+
+def test_a_closer_crop_is_the_middle_of_a_larger_one():
+    assert torch.equal(crop_template(), CROP_TEMPLATE)
+    people, straight, closer = Identity.sample(4, 3), Expression.neutral(4), 1.7
+    large, near = render_crops(people, straight, 170), render_crops(people, straight, 100, closer=closer)
+    left, top = (round(c * 170 * (1 - 1 / closer)) for c in (0.5, 0.306))  # the place that stays where it is
+    assert (large[:, :, top : top + 100, left : left + 100] - near).abs().mean() < 0.02
+    assert (large[:, :, :100, left : left + 100] - near).abs().mean() > 0.05
 
 
 def test_landmarks_turn_with_the_head():

@@ -182,13 +182,14 @@ def test_keep_roll_keeps_the_picture_upright():
     torch.testing.assert_close((x @ turn.T + 7).mean(0) @ matrix[:, :2].T + matrix[:, 2], x.mean(0))
 
 
-def test_true_points_give_the_renderers_own_crops():
+@pytest.mark.parametrize("closer", [1.0, 1.7])
+def test_true_points_give_the_renderers_own_crops(closer):
     "`render_crops` draws what `align_crop(keep_roll=True)` cuts out, given the true five points."
     who, what = Identity.sample(1, 4), Expression.neutral(2, yaw=torch.tensor([-15.0, 10.0]), roll=torch.tensor([12.0, -6.0]))
     landmarks = torch.zeros(2, 478, 3)
     landmarks[:, tracking.FIVE, :2] = face_landmarks(who, what) * 256
-    cut = align_crop(render_face(who, what, 256), fake_track(landmarks, (256, 256)), 96, keep_roll=True)
-    drawn = render_crops(who, what, 96)
+    cut = align_crop(render_face(who, what, 256), fake_track(landmarks, (256, 256)), 96, True, closer)
+    drawn = render_crops(who, what, 96, closer=closer)
     middle = (..., slice(16, 64), slice(24, 72))
     assert (cut[middle] - drawn[middle]).abs().mean() < 0.05
 

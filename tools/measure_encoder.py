@@ -116,7 +116,7 @@ def real_films(encoder, folder, rulers):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=data_samples("weights", "tiny", "encoder"))
+    parser.add_argument("--weights", type=Path, default=data_samples("weights", "encoders", "mini"))
     parser.add_argument("--real", type=Path, default=Path(__file__).parents[2] / "shared" / "real")
     args = parser.parse_args()
     encoder = ExpressionEncoder.from_pretrained(args.weights).eval()
