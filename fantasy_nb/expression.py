@@ -689,7 +689,7 @@ def train_encoder(
     max_minutes: float = math.inf,  # stop earlier (with a checkpoint); what was learned so far is returned
     init: ExpressionEncoder | None = None,  # go on with this one, in a new course
 ) -> ExpressionEncoder:  # calibrated, in eval mode
-    "Train on pictures that share one group's value; no true factor is ever a target."
+    "Train on pictures that share the card of one deck; no true factor is ever a target."
     device = torch.device(device or "cpu")
     bank = render_bank(500, config.image_size, 5_000_000, device, progress, closer=config.closer) if bank is None else bank
     rounds = rounds or (ROUNDS if init is None else FURTHER_ROUNDS)

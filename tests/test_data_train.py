@@ -68,6 +68,19 @@ def test_the_driver_is_somebody_else_with_the_same_expression():
     assert (again - (clip.crops[0] / 127.5 - 1)).abs().mean() < 0.15
 
 
+def test_drivers_are_cropped_as_the_encoder_wants_them():
+    from fantasy_nb.expression import ExpressionConfig, ExpressionEncoder
+    from fantasy_nb.faces import Identity, render_crops
+    from fantasy_nb.train import as_heard
+
+    encoder = ExpressionEncoder(ExpressionConfig(image_size=32, width=16, depth=1, hidden=32, heatmaps=8, readout=2, mouth_embed=0, closer=1.7))
+    clip = SceneClips(as_heard(ClipConfig(people=(1,)), encoder), seed=2)[0]
+    who = Identity.sample(1, (2 * 1_000_003) * 64 + 2)
+    near, far = (render_crops(who, clip.motions[0], 32, closer=closer) for closer in (1.7, 1.0))
+    off = lambda crops: (crops - (clip.crops[0] / 127.5 - 1)).abs().mean()
+    assert clip.crops.shape[-1] == 32 and off(near) < 0.15 < off(far)
+
+
 def test_image_condition_marks_frame_zero_only_and_holds_the_portrait():
     portrait = torch.randn(2, 48, 1, 4, 6)
     held, wan = image_condition(portrait, 3), image_condition(portrait, 3, hold=False)
