@@ -734,7 +734,7 @@ def calibrate(
     return encoder
 
 # %% ../nbs/03_expression.ipynb #cell-078
-STEPS = {"tiny": 2600, "mini": 3600}  # a quarter of an hour and an hour of two cores, pictures included
+STEPS = {"tiny": 2600, "mini": 3600}  # 17 minutes and an hour of two cores, pictures included (28 November 2026)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """What does the encoder know, and what does it keep to itself? `python tools/measure_encoder.py [--weights FOLDER] [--real FOLDER]` prints the tables of LOG.md.
 
 People and motions are never those of training. A *probe* is a straight line (ridge regression) fitted on half of the people and judged on the other half. Beside the
-encoder: the same network untrained, and 478 landmarks of MediaPipe on the same aligned crops (x and y, as fractions of the crop)."""
+encoder: the same network untrained, and 478 landmarks of MediaPipe on the release's wider crops of the same faces, 128 pixels (x and y, as fractions of the crop)."""
 
 import argparse
 from pathlib import Path
