@@ -7,19 +7,22 @@ __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS'
            'DIRECTIONS', 'AGREED', 'ROUGHLY', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'OF_THE_ROUND', 'STEPS',
            'Features', 'ExpressionConfig', 'ConvBlock', 'Hourglass', 'FaceBackbone', 'FeatureHead', 'ExpressionEncoder',
            'fit_size', 'release_name', 'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank',
-           'stored_bank', 'pair_loss', 'value_means', 'centre_blocks', 'fisher_directions', 'agreement', 'normal',
-           'shake_crop', 'lose_detail', 'relight', 'retexture', 'occlude', 'augment', 'last_layer', 'hidden_features',
-           'hidden_of_pictures', 'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers', 'wake_units',
-           'Course', 'lesson', 'silence_dead_units', 'turn_down', 'save_course', 'load_course', 'train_encoder',
-           'calibrate', 'build_parser', 'main', 'run_course', 'fit_ruler', 'probe']
+           'draw_file', 'stored_bank', 'pair_loss', 'value_means', 'centre_blocks', 'fisher_directions', 'agreement',
+           'normal', 'shake_crop', 'lose_detail', 'relight', 'retexture', 'occlude', 'augment', 'last_layer',
+           'hidden_features', 'hidden_of_pictures', 'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers',
+           'wake_units', 'Course', 'lesson', 'silence_dead_units', 'turn_down', 'save_course', 'load_course',
+           'train_encoder', 'calibrate', 'build_parser', 'main', 'run_course', 'fit_ruler', 'probe']
 
 # %% ../nbs/03_expression.ipynb #cell-005
 import argparse
 import csv
 import json
 import math
+import multiprocessing
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -314,6 +317,13 @@ def render_bank(
     return Bank(torch.stack(pictures), torch.stack(dealt))
 
 # %% ../nbs/03_expression.ipynb #cell-037
+def draw_file(path: Path, blocks: int, size: int, seed: int, device, jitter: float, closer: float) -> None:
+    "One file of `stored_bank`."
+    bank = render_bank(blocks, size, seed, device, False, jitter, closer)
+    with atomic(path) as part:
+        save_file({"pictures": bank.pictures, "dealt": bank.dealt}, part)
+
+
 def stored_bank(
     folder: Path,
     blocks: int,
@@ -323,18 +333,26 @@ def stored_bank(
     progress: bool = True,  # show a bar
     jitter: float = 0.02,  # of `dealt_block`
     closer: float = 1.0,  # of `render_crops`
+    processes: int = 1,  # that draw, each with one thread
 ) -> Bank:
     "`render_bank`, kept in files of twenty blocks: what lies there already is not drawn again."
     folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for k in tqdm(range(0, blocks, 20), desc="pictures, 1,280 at a time", leave=False, disable=not progress):
+    files = []
+    for k in range(0, blocks, 20):
         count, first = min(20, blocks - k), seed + 10 * k
-        path = folder / f"{size}px_{closer}x_{first}_{count}_{jitter}.safetensors"
-        if not path.exists():
-            bank = render_bank(count, size, first, device, False, jitter, closer)
-            with atomic(path) as part:
-                save_file({"pictures": bank.pictures, "dealt": bank.dealt}, part)
-        parts.append(load_file(path))
+        files.append((folder / f"{size}px_{closer}x_{first}_{count}_{jitter}.safetensors", count, size, first, device, jitter, closer))
+    missing = [file for file in files if not file[0].exists()]
+    with tqdm(total=len(missing), desc="pictures, 1,280 at a time", leave=False, disable=not progress) as bar:
+        if processes == 1 or len(missing) < 2:
+            for file in missing:
+                draw_file(*file)
+                bar.update()
+        else:
+            with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+                for drawn in as_completed([pool.submit(draw_file, *file) for file in missing]):
+                    drawn.result()
+                    bar.update()
+    parts = [load_file(file[0]) for file in files]
     return Bank(*(torch.cat([part[name] for part in parts]) for name in ("pictures", "dealt")))
 
 # %% ../nbs/03_expression.ipynb #cell-040
@@ -784,8 +802,9 @@ def run_course(args: argparse.Namespace) -> int:
         raise ValueError(f"want {args.init} to hold an encoder of size {args.config}, got {init.config}")
     run.mkdir(parents=True, exist_ok=True)
     pictures = args.pictures or run / "pictures"
-    bank = stored_bank(pictures, args.blocks, config.image_size, 5_000_000, device, closer=config.closer)
-    rough = stored_bank(pictures, min(200, math.ceil(0.24 * args.blocks)), config.image_size, 9_000_000, device, jitter=ROUGHLY, closer=config.closer)
+    draw = dict(closer=config.closer, processes=(args.threads or os.cpu_count() or 1) if device.type == "cpu" else 1)
+    bank = stored_bank(pictures, args.blocks, config.image_size, 5_000_000, device, **draw)
+    rough = stored_bank(pictures, min(200, math.ceil(0.24 * args.blocks)), config.image_size, 9_000_000, device, jitter=ROUGHLY, **draw)
     last = 0
     with open(log, "a", newline="") as file:
         table = csv.writer(file)

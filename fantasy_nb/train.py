@@ -6,12 +6,12 @@
 __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'EVERYTHING', 'LOGGED', 'PICTURES', 'STAGES',
            'ONE_AFTER_THE_OTHER', 'image_condition', 'new_tokens', 'Animator', 'paint_boxes', 'place_weight',
            'loss_weight', 'channel_weights', 'owners_from_portrait', 'as_stored', 'encode_clip', 'encode_stills',
-           'pick_moments', 'mirrored', 'encode_clips', 'LatentClips', 'TrainConfig', 'step_generator', 'pixel_decoder',
-           'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA', 'make_accelerator', 'whole', 'spread_like',
-           'save_checkpoint', 'load_checkpoint', 'carries_expression', 'parameter_groups', 'forget_expression',
-           'held_out_loss', 'check_run', 'one_step', 'train', 'append_log', 'Watcher', 'build_parser', 'main',
-           'start_processes', 'fingerprint', 'stamp_cache', 'as_heard', 'fill_caches', 'load_animator', 'run_stage',
-           'run_training']
+           'pick_moments', 'mirrored', 'encode_shard', 'encode_clips', 'LatentClips', 'TrainConfig', 'step_generator',
+           'pixel_decoder', 'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA', 'make_accelerator', 'whole',
+           'spread_like', 'save_checkpoint', 'load_checkpoint', 'carries_expression', 'parameter_groups',
+           'forget_expression', 'held_out_loss', 'check_run', 'one_step', 'train', 'append_log', 'Watcher',
+           'build_parser', 'main', 'start_processes', 'fingerprint', 'stamp_cache', 'as_heard', 'fill_caches',
+           'load_animator', 'run_stage', 'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-005
 import argparse
@@ -20,9 +20,11 @@ import csv
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -252,6 +254,19 @@ def mirrored(clip: Clip, seed: int) -> Clip:
     return Clip(frames, torch.stack([width - x1, y0, width - x0, y1], -1), clip.crops.flip(-1), [])
 
 # %% ../nbs/10_train.ipynb #cell-025
+def encode_shard(clips, start: int, stop: int, path: Path, vae: VideoVAE, encoder: ExpressionEncoder, encode) -> int:  # how many clips
+    "One file of `encode_clips`, if it is not there."
+    rows = {}
+    for i in range(start, stop if not path.exists() else start):
+        clip = clips[i]
+        for k, seen in enumerate((clip, mirrored(clip, i))):
+            rows |= {f"{2 * i + k}.{name}": value for name, value in encode(seen, vae, encoder).items()}
+    if rows:
+        with atomic(path) as part:
+            save_file(rows, part)
+    return stop - start
+
+
 def encode_clips(
     clips,  # an indexable of Clip
     count: int,  # how many of them
@@ -263,22 +278,20 @@ def encode_clips(
     show: bool = True,
     rank: int = 0,  # of several processes this one fills every `world`-th file
     world: int = 1,
+    processes: int = 1,  # helpers of this process, each with one thread
 ) -> None:
     "Fill a cache folder with shards; those that exist already are kept. Clip i makes entries 2i and, mirrored, 2i + 1."
     folder, starts = Path(folder), range(0, count, shard)[rank::world]
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=sum(min(shard, count - start) for start in starts), desc="encoding clips", unit="clip", disable=not show or rank > 0) as bar:
-        for start in starts:
-            path, stop = folder / f"clips-{start:06d}.safetensors", min(start + shard, count)
-            if not path.exists():
-                rows = {}
-                for i in range(start, stop):
-                    clip = clips[i]
-                    for k, seen in enumerate((clip, mirrored(clip, i))):
-                        rows |= {f"{2 * i + k}.{name}": value for name, value in encode(seen, vae, encoder).items()}
-                with atomic(path) as part:
-                    save_file(rows, part)
-            bar.update(stop - start)
+    jobs = [(clips, start, min(start + shard, count), folder / f"clips-{start:06d}.safetensors", vae, encoder, encode) for start in starts]
+    with tqdm(total=sum(job[2] - job[1] for job in jobs), desc="encoding clips", unit="clip", disable=not show or rank > 0) as bar:
+        if processes == 1 or len(jobs) < 2:
+            for job in jobs:
+                bar.update(encode_shard(*job))
+            return
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            for done in as_completed([pool.submit(encode_shard, *job) for job in jobs]):
+                bar.update(done.result())
 
 # %% ../nbs/10_train.ipynb #cell-026
 class LatentClips:
@@ -762,6 +775,7 @@ def as_heard(config: ClipConfig, encoder: ExpressionEncoder) -> ClipConfig:
 def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoVAE, encoder: ExpressionEncoder, token: int, device, rank: int, world: int) -> list[Path]:
     "Draw and encode what is not there yet; the folders to learn from."
     folders, parts = [], {"vae": fingerprint(vae), "encoder": fingerprint(encoder)}
+    helpers = (args.threads or os.cpu_count() or 1) if device.type == "cpu" and world == 1 else 1  # two processes of one thread draw faster than one of two
     if missing := set(kinds) - set(PICTURES[args.config]):
         raise ValueError(f"want a stage that {args.config} has pictures for, got --stage {args.stage}: there are none of kind {', '.join(missing)}")
     for kind in kinds:
@@ -769,13 +783,13 @@ def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoV
         clip_config = as_heard(clip_config, encoder)
         count, seed = count if args.clips is None else args.clips, int(kind == "small")  # small pictures show other people: the more the better
         stamp_cache(cache / kind, {"seed": seed} | asdict(clip_config) | parts, write=rank == 0 and count > 0)
-        encode_clips(SceneClips(clip_config, seed=seed, device=device), count, cache / kind, vae, encoder, partial(encode, token=token), rank=rank, world=world)
+        encode_clips(SceneClips(clip_config, seed=seed, device=device), count, cache / kind, vae, encoder, partial(encode, token=token), rank=rank, world=world, processes=helpers)
         folders += [cache / kind] if count or not args.data else []
     if args.data and "clips" in kinds:
         clip_config = as_heard(PICTURES[args.config]["clips"][0], encoder)
         real = ClipFolder(args.data, clip_config, args.seed)
         stamp_cache(cache / "data", {"folder": str(args.data.resolve()), "clips": len(real), "seed": args.seed} | asdict(clip_config) | parts, write=rank == 0)
-        encode_clips(real, len(real), cache / "data", vae, encoder, partial(encode_clip, token=token), rank=rank, world=world)
+        encode_clips(real, len(real), cache / "data", vae, encoder, partial(encode_clip, token=token), rank=rank, world=world, processes=helpers)
         folders.append(cache / "data")
     elif args.data:
         raise ValueError(f"want a stage that learns from clips for --data, got --stage {args.stage}")

@@ -220,6 +220,9 @@ def test_cache_is_made_of_whole_shards_and_kept(tmp_path):
     stamps = [f.stat().st_mtime_ns for f in files]
     encode_clips(clips, 3, tmp_path, *parts, shard=2, show=False)
     assert stamps == [f.stat().st_mtime_ns for f in files] and len(LatentClips(tmp_path)) == 6  # every clip and its mirror image
+    encode_clips(clips, 3, tmp_path / "two", *parts, shard=2, show=False, processes=2)  # helpers fill the same files
+    one, two = LatentClips(tmp_path), LatentClips(tmp_path / "two")
+    assert len(two) == 6 and all((one.clips[i][name].float() - two.clips[i][name].float()).abs().max() < 2e-2 for i in range(6) for name in one.clips[i])
     weights = channel_weights(parts[0])
     assert weights.shape == (48, 1, 1, 1) and abs(weights.mean() - 1) < 1e-5
     out = animator_loss(Animator.tiny(), LatentClips(tmp_path).stack([0]), TrainConfig(), step_generator(0, 0))

@@ -210,6 +210,8 @@ def test_pictures_are_drawn_once(tmp_path):
     next(iter(times)).unlink()
     stored_bank(tmp_path, 21, 8, 7, progress=False)
     assert sum(path.stat().st_mtime_ns != t for path, t in times.items()) == 1
+    two = stored_bank(tmp_path / "two", 21, 8, 7, progress=False, processes=2)  # drawn by two processes, the same pictures in the same order
+    assert torch.equal(fresh.pictures, two.pictures) and torch.equal(fresh.dealt, two.dealt)
 
 
 def test_train_encoder_command(tmp_path, capsys):
