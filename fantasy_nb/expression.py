@@ -85,7 +85,7 @@ class ExpressionConfig:
     @classmethod
     def tiny(cls):
         "For two CPU cores."
-        return cls(image_size=64, width=64, depth=3, hidden=128, heatmaps=48, readout=8, mouth_embed=0, keep_roll=True, closer=1.7)
+        return cls(image_size=96, width=64, depth=3, hidden=128, heatmaps=48, readout=8, mouth_embed=0, keep_roll=True, closer=1.7)
 
 # %% ../nbs/03_expression.ipynb #cell-018
 class ConvBlock(nn.Module):
@@ -752,7 +752,7 @@ def calibrate(
     return encoder
 
 # %% ../nbs/03_expression.ipynb #cell-078
-STEPS = {"tiny": 2600, "mini": 3600}  # 17 minutes and an hour of two cores, pictures included (28 November 2026)
+STEPS = {"tiny": 1700, "mini": 3600}  # 15 minutes and an hour of two cores, pictures included (28 November 2026)
 
 
 def build_parser() -> argparse.ArgumentParser:
