@@ -80,6 +80,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fantasy_nb.core.display_matrix': ('core.html#display_matrix', 'fantasy_nb/core.py'),
                                  'fantasy_nb.core.draw_tensor': ('core.html#draw_tensor', 'fantasy_nb/core.py'),
                                  'fantasy_nb.core.has_sound': ('core.html#has_sound', 'fantasy_nb/core.py'),
+                                 'fantasy_nb.core.in_processes': ('core.html#in_processes', 'fantasy_nb/core.py'),
                                  'fantasy_nb.core.map_arrow': ('core.html#map_arrow', 'fantasy_nb/core.py'),
                                  'fantasy_nb.core.map_box': ('core.html#map_box', 'fantasy_nb/core.py'),
                                  'fantasy_nb.core.map_svg': ('core.html#map_svg', 'fantasy_nb/core.py'),

@@ -13,12 +13,10 @@ import argparse
 import json
 import logging
 import math
-import multiprocessing
 import os
 import re
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import count
@@ -31,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import OneLineParser, atomic, open_video, pad_even, read_video, write_video
+from .core import OneLineParser, atomic, in_processes, open_video, pad_even, read_video, write_video
 from .faces import Expression, Identity, Scene, random_motion, render_crops, render_scene
 from .tracking import FaceTrack, align_crop, angles, head_pose, track_faces
 
@@ -381,15 +379,8 @@ def run_jobs(jobs: list[dict], processes: int, ray: bool, show: bool) -> None:
             r.data.from_items(jobs, override_num_blocks=len(jobs)).map(curate_job).materialize()
         return
     with tqdm(total=len(jobs), desc="curating", unit="video", disable=not show) as bar:
-        if processes == 1 or len(jobs) == 1:
-            for job in jobs:
-                curate_job(job)
-                bar.update()
-            return
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(curate_job, job) for job in jobs]):
-                future.result()
-                bar.update()
+        for _ in in_processes(curate_job, [(job,) for job in jobs], processes):
+            bar.update()
 
 # %% ../nbs/09_data.ipynb #cell-039
 def curate(

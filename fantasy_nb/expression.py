@@ -18,11 +18,9 @@ import argparse
 import csv
 import json
 import math
-import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import OneLineParser, at_least, atomic, default_device, read_checkpoint
+from .core import OneLineParser, at_least, atomic, default_device, in_processes, read_checkpoint
 from .faces import EMOTIONS, Expression, Identity, render_crops
 
 # %% ../nbs/03_expression.ipynb #cell-012
@@ -333,7 +331,7 @@ def stored_bank(
     progress: bool = True,  # show a bar
     jitter: float = 0.02,  # of `dealt_block`
     closer: float = 1.0,  # of `render_crops`
-    processes: int = 1,  # that draw, each with one thread
+    processes: int = 1,  # of `in_processes`
 ) -> Bank:
     "`render_bank`, kept in files of twenty blocks: what lies there already is not drawn again."
     folder.mkdir(parents=True, exist_ok=True)
@@ -343,15 +341,8 @@ def stored_bank(
         files.append((folder / f"{size}px_{closer}x_{first}_{count}_{jitter}.safetensors", count, size, first, device, jitter, closer))
     missing = [file for file in files if not file[0].exists()]
     with tqdm(total=len(missing), desc="pictures, 1,280 at a time", leave=False, disable=not progress) as bar:
-        if processes == 1 or len(missing) < 2:
-            for file in missing:
-                draw_file(*file)
-                bar.update()
-        else:
-            with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-                for drawn in as_completed([pool.submit(draw_file, *file) for file in missing]):
-                    drawn.result()
-                    bar.update()
+        for _ in in_processes(draw_file, missing, processes):
+            bar.update()
     parts = [load_file(file[0]) for file in files]
     return Bank(*(torch.cat([part[name] for part in parts]) for name in ("pictures", "dealt")))
 

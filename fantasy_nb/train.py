@@ -20,11 +20,9 @@ import csv
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +38,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .core import OneLineParser, at_least, atomic, data_samples, default_device, read_checkpoint, write_image
+from .core import OneLineParser, at_least, atomic, data_samples, default_device, in_processes, read_checkpoint, write_image
 from .data import REGION_MARGIN, Clip, ClipConfig, ClipFolder, SceneClips, collate, portrait_boxes
 from .dit import DiT, DiTConfig
 from .expression import ExpressionEncoder
@@ -278,20 +276,15 @@ def encode_clips(
     show: bool = True,
     rank: int = 0,  # of several processes this one fills every `world`-th file
     world: int = 1,
-    processes: int = 1,  # helpers of this process, each with one thread
+    processes: int = 1,  # of `in_processes`
 ) -> None:
     "Fill a cache folder with shards; those that exist already are kept. Clip i makes entries 2i and, mirrored, 2i + 1."
     folder, starts = Path(folder), range(0, count, shard)[rank::world]
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(clips, start, min(start + shard, count), folder / f"clips-{start:06d}.safetensors", vae, encoder, encode) for start in starts]
     with tqdm(total=sum(job[2] - job[1] for job in jobs), desc="encoding clips", unit="clip", disable=not show or rank > 0) as bar:
-        if processes == 1 or len(jobs) < 2:
-            for job in jobs:
-                bar.update(encode_shard(*job))
-            return
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            for done in as_completed([pool.submit(encode_shard, *job) for job in jobs]):
-                bar.update(done.result())
+        for count in in_processes(encode_shard, jobs, processes):
+            bar.update(count)
 
 # %% ../nbs/10_train.ipynb #cell-026
 class LatentClips:

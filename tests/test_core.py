@@ -396,3 +396,13 @@ def test_real_videos():
     assert frames.shape == (218, 432, 432, 3) and fps == 25
     frames, fps = core.read_video(SHARED / "real" / "two_person.mp4")
     assert frames.shape == (146, 720, 1280, 3) and fps == 23
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_jobs_in_processes_bring_every_result_or_their_error(processes):
+    from fantasy_nb.core import in_processes
+
+    assert sorted(in_processes(pow, [(2, k) for k in range(6)], processes)) == [1, 2, 4, 8, 16, 32]
+    assert list(in_processes(pow, [], processes)) == []
+    with pytest.raises(ZeroDivisionError):
+        list(in_processes(divmod, [(1, 1), (1, 0), (2, 1)], processes))
