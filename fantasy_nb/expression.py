@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS', 'DECKS', 'EVERY_DECK', 'VALUES', 'COPIES',
-           'DIRECTIONS', 'AGREED', 'ROUGHLY', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'OF_THE_ROUND', 'STEPS',
+           'LESSONS', 'DIRECTIONS', 'AGREED', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'OF_THE_ROUND', 'STEPS',
            'Features', 'ExpressionConfig', 'ConvBlock', 'Hourglass', 'FaceBackbone', 'FeatureHead', 'ExpressionEncoder',
            'fit_size', 'release_name', 'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank',
            'draw_file', 'stored_bank', 'pair_loss', 'value_means', 'centre_blocks', 'fisher_directions', 'agreement',
            'normal', 'shake_crop', 'lose_detail', 'relight', 'retexture', 'occlude', 'augment', 'last_layer',
            'hidden_features', 'hidden_of_pictures', 'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers',
-           'wake_units', 'Course', 'lesson', 'silence_dead_units', 'turn_down', 'save_course', 'load_course',
-           'train_encoder', 'calibrate', 'build_parser', 'main', 'run_course', 'fit_ruler', 'probe']
+           'wake_units', 'orthogonal', 'Muon', 'Course', 'lesson', 'silence_dead_units', 'turn_down', 'save_course',
+           'load_course', 'train_encoder', 'calibrate', 'build_parser', 'main', 'run_course', 'fit_ruler', 'probe']
 
 # %% ../nbs/03_expression.ipynb #cell-005
 import argparse
@@ -83,7 +83,7 @@ class ExpressionConfig:
     @classmethod
     def tiny(cls):
         "For two CPU cores."
-        return cls(image_size=96, width=64, depth=3, hidden=128, heatmaps=48, readout=8, mouth_embed=0, keep_roll=True, closer=1.7)
+        return cls(image_size=96, width=64, depth=3, hidden=128, heatmaps=48, readout=8, mouth_embed=0, keep_roll=True, closer=2.0)
 
 # %% ../nbs/03_expression.ipynb #cell-018
 class ConvBlock(nn.Module):
@@ -303,21 +303,20 @@ def render_bank(
     seed: int,
     device=None,
     progress: bool = True,  # show a bar
-    jitter: float = 0.02,  # of `dealt_block`
     closer: float = 1.0,  # of `render_crops`
 ) -> Bank:
     "Blocks to train on, drawn beforehand: rendering costs as much as learning."
     pictures, dealt = [], []
     for k in tqdm(range(blocks), desc="pictures", leave=False, disable=not progress):
-        person, expression, cards = dealt_block(seed + 10 * k, jitter)
+        person, expression, cards = dealt_block(seed + 10 * k)
         pictures.append(as_bytes(render_crops(person.to(device), expression.to(device), size, closer=closer)).cpu())
         dealt.append(cards)
     return Bank(torch.stack(pictures), torch.stack(dealt))
 
 # %% ../nbs/03_expression.ipynb #cell-037
-def draw_file(path: Path, blocks: int, size: int, seed: int, device, jitter: float, closer: float) -> None:
+def draw_file(path: Path, blocks: int, size: int, seed: int, device, closer: float) -> None:
     "One file of `stored_bank`."
-    bank = render_bank(blocks, size, seed, device, False, jitter, closer)
+    bank = render_bank(blocks, size, seed, device, False, closer)
     with atomic(path) as part:
         save_file({"pictures": bank.pictures, "dealt": bank.dealt}, part)
 
@@ -329,7 +328,6 @@ def stored_bank(
     seed: int,
     device=None,
     progress: bool = True,  # show a bar
-    jitter: float = 0.02,  # of `dealt_block`
     closer: float = 1.0,  # of `render_crops`
     processes: int = 1,  # of `in_processes`
 ) -> Bank:
@@ -338,7 +336,7 @@ def stored_bank(
     files = []
     for k in range(0, blocks, 20):
         count, first = min(20, blocks - k), seed + 10 * k
-        files.append((folder / f"{size}px_{closer}x_{first}_{count}_{jitter}.safetensors", count, size, first, device, jitter, closer))
+        files.append((folder / f"{size}px_{closer}x_{first}_{count}.safetensors", count, size, first, device, closer))
     missing = [file for file in files if not file[0].exists()]
     with tqdm(total=len(missing), desc="pictures, 1,280 at a time", leave=False, disable=not progress) as bar:
         for _ in in_processes(draw_file, missing, processes):
@@ -466,10 +464,10 @@ def augment(
     return (x + noise).clamp(-1, 1)
 
 # %% ../nbs/03_expression.ipynb #cell-051
+LESSONS = {"head": 1, "eyes": 1, "emotion": 1, "mouth": 2}  # what a group's error counts: mouths are the hardest
 DIRECTIONS = {"head": 3, "eyes": 3, "emotion": 14, "mouth": 3}  # lessons of each deck; features are chosen among them afterwards
 AGREED = 0.2  # a direction becomes a feature if pictures that share a value agree on it at least so far
-ROUGHLY = 0.1  # how far such pictures differ when features are chosen, in shares of a factor's range
-ROUNDS = (0.035, 0.075, 0.13, 0.2, 0.3, 0.42, 0.55, 0.7, 0.82)  # shares of the steps after which the targets are made anew
+ROUNDS = (0.035, 0.09, 0.17, 0.28, 0.42, 0.58, 0.78)  # shares of the steps after which the targets are made anew
 FURTHER_ROUNDS = (0.35, 0.7)  # the same for a network that goes on
 
 
@@ -508,6 +506,8 @@ def partners_targets(
             label = bank.labels(deck).to(z.device)
             reading = (z - z[:half].mean(0)) @ fisher_directions(z[:half], label[:half], DIRECTIONS[name]).to(z)
             weight = agreement(reading[half:], label[half:]).clamp(min=1e-3)
+            if name != "emotion":  # a deck of one factor: its best direction is most of what there is to learn
+                weight = weight / torch.arange(1, DIRECTIONS[name] + 1).to(z) ** 2
             partners = (value_means(reading, label) * COPIES - reading) / (COPIES - 1)
             parts.append(((partners - partners.mean(0)) / partners.std(0), weight))
         targets[name] = tuple(torch.cat(x, -1) for x in zip(*parts))
@@ -570,6 +570,35 @@ def wake_units(encoder: ExpressionEncoder, pictures: Tensor, g: torch.Generator)
     return count
 
 # %% ../nbs/03_expression.ipynb #cell-061
+def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:  # (n m) -> (n m)
+    "The same singular vectors, all singular values about 1 (0.7 to 1.2), by matrix products only (Newton-Schulz iteration: Jordan et al. 2024)."
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
+    for _ in range(rounds):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices: the mean gradient, made `orthogonal`, is the step. A kernel (outputs inputs 3 3) counts as a matrix (outputs inputs*9), which torch.optim.Muon refuses.
+
+    A number moves by about 0.2 times the rate, as with Adam (Liu et al. 2025).
+    """
+
+    def __init__(self, weights, lr: float, momentum: float = 0.9, weight_decay: float = 0.05):
+        super().__init__(weights, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        "Weights without a gradient stay as they are."
+        for group in self.param_groups:
+            for weight in (w for w in group["params"] if w.grad is not None):
+                mean = self.state[weight].setdefault("mean", torch.zeros_like(weight)).lerp_(weight.grad, 1 - group["momentum"])
+                step = orthogonal(weight.grad.lerp(mean, group["momentum"]).flatten(1))  # a look ahead (Nesterov)
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view_as(weight), alpha=0.2 * group["lr"] * max(step.shape) ** 0.5)
+
+# %% ../nbs/03_expression.ipynb #cell-066
 class Course:
     "An encoder's training so far."
 
@@ -582,8 +611,10 @@ class Course:
             self.encoder.load_state_dict(init.state_dict())
         lines = {name: nn.Linear(last_layer(self.encoder, name).in_features, DIRECTIONS[name] * len(DECKS[name])) for name in GROUPS}
         self.projections = nn.ModuleDict(lines).to(device)
-        learned = [*self.encoder.parameters(), *self.projections.parameters()]
-        self.optimizer = torch.optim.AdamW(learned, settings["learning_rate"], (0.9, 0.98), weight_decay=0.05)
+        matrices = {name: weight for name, weight in self.encoder.named_parameters() if weight.ndim > 1 and not name.startswith("backbone.stem")}
+        others = [weight for name, weight in self.encoder.named_parameters() if name not in matrices]
+        self.muon = Muon(matrices.values(), settings["learning_rate"])
+        self.adamw = torch.optim.AdamW([*others, *self.projections.parameters()], settings["learning_rate"], (0.9, 0.98), weight_decay=0.05)
         self.blocks = self.targets = None  # of this round
 
     @torch.no_grad()
@@ -606,12 +637,13 @@ class Course:
         "Half the bits (bfloat16) where `settings` ask for it."
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["bf16"])
 
-# %% ../nbs/03_expression.ipynb #cell-063
+# %% ../nbs/03_expression.ipynb #cell-068
 def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     "Some pictures, disturbed; predict what their partners say; one step."
     s, done = course.settings, course.step / course.settings["steps"]
-    course.optimizer.param_groups[0]["lr"] = s["learning_rate"] * min(1, (course.step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * done))
-    strength = s["strength"] * (1.0 if s["further"] else min(1.0, max(0.0, (done - 0.2) / 0.3)))
+    rate = s["learning_rate"] * min(1, (course.step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * done))
+    course.muon.param_groups[0]["lr"], course.adamw.param_groups[0]["lr"] = rate, rate / 6
+    strength = s["strength"] * (1.0 if s["further"] else min(1.0, max(0.0, (done - 0.3) / 0.4)))
     i = torch.randint(len(course.blocks) * VALUES * COPIES, (s["batch"],), generator=course.g)
     places = course.blocks[i // (VALUES * COPIES)], i % (VALUES * COPIES)
     crops = as_crops(bank.pictures[places].to(course.device))
@@ -621,14 +653,14 @@ def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     losses = {}
     for name, (target, weight) in course.targets.items():
         losses[name] = ((said[name] - target[i.to(course.device)]).square() * (weight / weight.sum())).sum(1).mean()
-    course.optimizer.zero_grad()
-    sum(losses.values()).backward()
+    course.muon.zero_grad(), course.adamw.zero_grad()
+    sum(LESSONS[name] * loss for name, loss in losses.items()).backward()
     nn.utils.clip_grad_norm_(course.encoder.parameters(), 5.0)
-    course.optimizer.step()
+    course.muon.step(), course.adamw.step()
     course.step += 1
     return {name: loss.item() for name, loss in losses.items()}
 
-# %% ../nbs/03_expression.ipynb #cell-065
+# %% ../nbs/03_expression.ipynb #cell-070
 @torch.no_grad()
 def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there were
     "Units whose variance was 0 throughout training keep their constant and pass nothing on, whatever a later face may send."
@@ -637,7 +669,7 @@ def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there wer
         norm.weight[norm.running_var < norm.eps] = 0.0
     return sum(int((norm.weight == 0).sum()) for norm in norms)
 
-# %% ../nbs/03_expression.ipynb #cell-068
+# %% ../nbs/03_expression.ipynb #cell-073
 @torch.no_grad()
 def turn_down(encoder: ExpressionEncoder) -> None:
     "The same function with hidden units of variance 1 and a face vector to match: a ReLU passes any factor on, and the norm behind it takes it out again."
@@ -652,8 +684,8 @@ def turn_down(encoder: ExpressionEncoder) -> None:
     for first in firsts:
         first.weight.mul_(louder)
 
-# %% ../nbs/03_expression.ipynb #cell-069
-PARTS_OF_A_COURSE = ("encoder", "projections", "optimizer")
+# %% ../nbs/03_expression.ipynb #cell-074
+PARTS_OF_A_COURSE = ("encoder", "projections", "muon", "adamw")
 OF_THE_ROUND = ("step", "blocks", "targets")
 
 
@@ -677,19 +709,18 @@ def load_course(course: Course, path) -> None:
         setattr(course, name, state[name].cpu() if name == "blocks" else state[name])
     course.g.set_state(state["dice"].cpu())
 
-# %% ../nbs/03_expression.ipynb #cell-070
+# %% ../nbs/03_expression.ipynb #cell-075
 def train_encoder(
     config: ExpressionConfig,
     steps: int = 3600,
     seed: int = 0,
-    bank: Bank | None = None,  # of `render_bank`; 500 blocks are drawn here if not given
-    rough: Bank | None = None,  # the same with `jitter=ROUGHLY`, to choose features with; 120 blocks if not given
+    bank: Bank | None = None,  # of `render_bank`; 320 blocks are drawn here if not given
     batch: int = 96,  # pictures a step
-    pool: int = 200,  # blocks whose targets are made in a round
+    pool: int = 160,  # blocks whose targets are made in a round
     rounds: tuple | None = None,  # shares of the steps after which targets are made anew; `ROUNDS`, or `FURTHER_ROUNDS` with `init`
-    strength: float = 0.5,  # of the augmentation, reached after half of the steps (with `init`: at once)
+    strength: float = 0.5,  # of the augmentation, reached after 70 % of the steps (with `init`: at once)
     texture: float = 0.0,  # of `retexture`
-    learning_rate: float = 2e-3,
+    learning_rate: float = 0.012,  # of kernels and matrices; all else learns at a sixth of it
     bf16: bool = False,  # half the bits, twice as fast where the device can
     device=None,
     progress: bool = True,  # show bars
@@ -700,7 +731,7 @@ def train_encoder(
 ) -> ExpressionEncoder:  # calibrated, in eval mode
     "Train on pictures that share the card of one deck; no true factor is ever a target."
     device = torch.device(device or "cpu")
-    bank = render_bank(500, config.image_size, 5_000_000, device, progress, closer=config.closer) if bank is None else bank
+    bank = render_bank(320, config.image_size, 5_000_000, device, progress, closer=config.closer) if bank is None else bank
     rounds = rounds or (ROUNDS if init is None else FURTHER_ROUNDS)
     settings = dict(steps=steps, seed=seed, blocks=len(bank), batch=batch, pool=pool, rounds=list(rounds), strength=strength, texture=texture, learning_rate=learning_rate, bf16=bf16)
     course, turns, began = Course(config, settings, device, init), {0} | {round(share * steps) for share in rounds}, time.monotonic()
@@ -716,13 +747,12 @@ def train_encoder(
             save_course(course, checkpoint)
         if late:
             break
-    rough = render_bank(120, config.image_size, 9_000_000, device, progress, ROUGHLY, config.closer) if rough is None else rough
     silence_dead_units(course.encoder.eval())
     turn_down(course.encoder)
-    set_last_layers(course.encoder, rough, seed)
-    return calibrate(course.encoder, rough.pictures[:16].flatten(0, 1))
+    set_last_layers(course.encoder, bank[:pool], seed)
+    return calibrate(course.encoder, bank.pictures[:16].flatten(0, 1))
 
-# %% ../nbs/03_expression.ipynb #cell-072
+# %% ../nbs/03_expression.ipynb #cell-077
 @torch.no_grad()
 def calibrate(
     encoder: ExpressionEncoder,
@@ -742,8 +772,8 @@ def calibrate(
         last.bias.sub_(mean).div_(scale).add_(1)
     return encoder
 
-# %% ../nbs/03_expression.ipynb #cell-078
-STEPS = {"tiny": 1700, "mini": 3600}  # 15 minutes and an hour of two cores, pictures included (28 November 2026)
+# %% ../nbs/03_expression.ipynb #cell-083
+STEPS = {"tiny": 1900, "mini": 2000}  # 15 minutes and an hour of two cores, pictures included (28 November 2026)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -755,9 +785,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--init", type=Path, default=None, help="folder of encoder weights to go on with (a new run, with a slope of its own)")
     parser.add_argument("--strength", type=float, default=0.5, help="of the augmentation (default: 0.5)")
     parser.add_argument("--texture", type=float, default=0.0, help="of other surfaces among it (default: 0, none)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    parser.add_argument("--lr", type=float, default=0.012, help="peak learning rate of Muon; AdamW has a sixth of it (default: 0.012)")
     parser.add_argument("--pictures", type=Path, default=None, help="folder of drawn pictures (default: RUN/pictures)")
-    parser.add_argument("--blocks", type=int, default=500, help="blocks of 64 pictures of 16 people to learn from (default: 500)")
+    parser.add_argument("--blocks", type=int, default=320, help="blocks of 64 pictures of 16 people to learn from (default: 320)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="half the bits: twice as fast where the device can")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly")
@@ -795,7 +825,6 @@ def run_course(args: argparse.Namespace) -> int:
     pictures = args.pictures or run / "pictures"
     draw = dict(closer=config.closer, processes=(args.threads or os.cpu_count() or 1) if device.type == "cpu" else 1)
     bank = stored_bank(pictures, args.blocks, config.image_size, 5_000_000, device, **draw)
-    rough = stored_bank(pictures, min(200, math.ceil(0.24 * args.blocks)), config.image_size, 9_000_000, device, jitter=ROUGHLY, **draw)
     last = 0
     with open(log, "a", newline="") as file:
         table = csv.writer(file)
@@ -810,12 +839,12 @@ def run_course(args: argparse.Namespace) -> int:
                 file.flush()
 
         options = dict(strength=args.strength, texture=args.texture, learning_rate=args.lr, bf16=args.bf16, device=device, max_minutes=args.max_minutes, init=init)
-        encoder = train_encoder(config, steps, args.seed, bank, rough, log=write, checkpoint=checkpoint, **options)
+        encoder = train_encoder(config, steps, args.seed, bank, log=write, checkpoint=checkpoint, **options)
     encoder.save_pretrained(args.out or run / "weights")
     print(f"weights in {args.out or run / 'weights'}" + (f" after {last} of {steps} steps; --resume goes on" if 0 < last < steps else ""))
     return 0
 
-# %% ../nbs/03_expression.ipynb #cell-080
+# %% ../nbs/03_expression.ipynb #cell-085
 def fit_ruler(
     features: Tensor,  # (n d)
     factors: Tensor,  # (n k) true values
