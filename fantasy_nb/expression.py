@@ -773,7 +773,7 @@ def calibrate(
     return encoder
 
 # %% ../nbs/03_expression.ipynb #cell-083
-STEPS = {"tiny": 1900, "mini": 2000}  # 15 minutes and an hour of two cores, pictures included (28 November 2026)
+STEPS = {"tiny": 1900, "mini": 1800}  # 15 minutes and an hour of two cores, pictures included (28 November 2026)
 
 
 def build_parser() -> argparse.ArgumentParser:
