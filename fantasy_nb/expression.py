@@ -77,13 +77,13 @@ class ExpressionConfig:
 
     @classmethod
     def mini(cls):
-        "For an hour of two CPU cores, or one GPU."
+        "For half an hour of two CPU cores, or one GPU."
         return cls(image_size=128, width=64, hidden=128, heatmaps=64, readout=8, mouth_embed=0, keep_roll=True, closer=1.7)
 
     @classmethod
     def tiny(cls):
         "For two CPU cores."
-        return cls(image_size=96, width=64, depth=3, hidden=128, heatmaps=48, readout=8, mouth_embed=0, keep_roll=True, closer=2.0)
+        return cls(image_size=96, width=64, depth=3, hidden=128, heatmaps=48, readout=8, mouth_embed=0, keep_roll=True, closer=1.7)
 
 # %% ../nbs/03_expression.ipynb #cell-018
 class ConvBlock(nn.Module):
@@ -712,7 +712,7 @@ def load_course(course: Course, path) -> None:
 # %% ../nbs/03_expression.ipynb #cell-075
 def train_encoder(
     config: ExpressionConfig,
-    steps: int = 3600,
+    steps: int = 1800,
     seed: int = 0,
     bank: Bank | None = None,  # of `render_bank`; 320 blocks are drawn here if not given
     batch: int = 96,  # pictures a step
@@ -773,7 +773,7 @@ def calibrate(
     return encoder
 
 # %% ../nbs/03_expression.ipynb #cell-083
-STEPS = {"tiny": 1900, "mini": 1800}  # 15 minutes and an hour of two cores, pictures included (28 November 2026)
+STEPS = {"tiny": 1800, "mini": 1800}  # 14 minutes and half an hour of two cores, pictures included (28 November 2026)
 
 
 def build_parser() -> argparse.ArgumentParser:
