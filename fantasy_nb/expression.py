@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS', 'DECKS', 'EVERY_DECK', 'VALUES', 'COPIES',
-           'LESSONS', 'DIRECTIONS', 'AGREED', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'OF_THE_ROUND', 'STEPS',
+           'WORTH', 'DIRECTIONS', 'AGREED', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'OF_THE_ROUND', 'STEPS',
            'Features', 'ExpressionConfig', 'ConvBlock', 'Hourglass', 'FaceBackbone', 'FeatureHead', 'ExpressionEncoder',
            'fit_size', 'release_name', 'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank',
            'draw_file', 'stored_bank', 'pair_loss', 'value_means', 'centre_blocks', 'fisher_directions', 'agreement',
@@ -464,7 +464,7 @@ def augment(
     return (x + noise).clamp(-1, 1)
 
 # %% ../nbs/03_expression.ipynb #cell-051
-LESSONS = {"head": 1, "eyes": 1, "emotion": 1, "mouth": 2}  # what a group's error counts: mouths are the hardest
+WORTH = {"head": 1, "eyes": 1, "emotion": 1, "mouth": 2}  # what a group's error counts: mouths are the hardest
 DIRECTIONS = {"head": 3, "eyes": 3, "emotion": 14, "mouth": 3}  # lessons of each deck; features are chosen among them afterwards
 AGREED = 0.2  # a direction becomes a feature if pictures that share a value agree on it at least so far
 ROUNDS = (0.035, 0.09, 0.17, 0.28, 0.42, 0.58, 0.78)  # shares of the steps after which the targets are made anew
@@ -654,7 +654,7 @@ def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     for name, (target, weight) in course.targets.items():
         losses[name] = ((said[name] - target[i.to(course.device)]).square() * (weight / weight.sum())).sum(1).mean()
     course.muon.zero_grad(), course.adamw.zero_grad()
-    sum(LESSONS[name] * loss for name, loss in losses.items()).backward()
+    sum(WORTH[name] * loss for name, loss in losses.items()).backward()
     nn.utils.clip_grad_norm_(course.encoder.parameters(), 5.0)
     course.muon.step(), course.adamw.step()
     course.step += 1
