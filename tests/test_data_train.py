@@ -1,3 +1,4 @@
+import copy
 import csv
 import json
 import signal
@@ -16,9 +17,10 @@ from fantasy_nb.animate import PortraitPipeline
 from fantasy_nb.core import data_samples
 from fantasy_nb.data import ClipConfig, SceneClips, collate
 from fantasy_nb.dit import DiTConfig
-from fantasy_nb.expression import ExpressionEncoder
+from fantasy_nb.expression import FEATURE_WIDTHS, ExpressionConfig, ExpressionEncoder, last_layer
+from fantasy_nb.faces import Expression, Identity, render_crops
 from fantasy_nb.flow import flow_loss
-from fantasy_nb.tokens import TokenConfig
+from fantasy_nb.tokens import ExpressionTokens, TokenConfig
 from fantasy_nb.train import (Animator, LatentClips, TrainConfig, animator_loss, carries_expression, channel_weights, encode_clips, encode_stills, forget_expression, held_out_loss, image_condition,
                               load_checkpoint, loss_weight, main, mirrored, owners_from_portrait, pick_moments, pixel_decoder, step_generator, train, weight_of_pixels)
 from fantasy_nb.vae import VideoVAE
@@ -157,7 +159,7 @@ def test_killed_in_the_middle_of_saving_the_old_checkpoint_is_whole(cache, tmp_p
 import torch
 from dataclasses import replace
 from fantasy_nb.dit import DiTConfig
-from fantasy_nb.tokens import TokenConfig
+from fantasy_nb.tokens import ExpressionTokens, TokenConfig
 from fantasy_nb.train import *
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -566,3 +568,24 @@ def test_all_stages_in_one_command(tmp_path, capsys, monkeypatch):
     first, last = (Animator.from_pretrained(tmp_path / folder).state_dict() for folder in ("stills/weights", "weights"))
     assert any(not torch.equal(a, b) for a, b in zip(first.values(), last.values()))
     assert main(["--run", str(tmp_path), "--steps", "3"]) == 2 and "--steps" in capsys.readouterr().err
+
+
+def test_an_animator_hears_a_new_encoder_as_it_heard_the_old_one(monkeypatch):
+    "The old encoder's features are a linear function of the new one's here, so nothing may be lost."
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    from hear_anew import hear_anew
+
+    torch.manual_seed(0)
+    new = ExpressionEncoder(replace(ExpressionConfig.tiny(), width=16, depth=1, heatmaps=8, hidden=24)).eval()
+    old, tokens = copy.deepcopy(new), ExpressionTokens(TokenConfig.tiny())
+    with torch.no_grad():
+        for name, width in FEATURE_WIDTHS.items():
+            layer = last_layer(old, name)
+            mixed = torch.randn(width, width) / width**0.5
+            layer.weight.copy_(mixed @ layer.weight), layer.bias.copy_(mixed @ layer.bias)
+        crops = render_crops(Identity.sample(8, seed=1), Expression.sample(8, seed=2), 96, closer=new.config.closer)
+        before, deaf = tokens(old(crops), place=False), tokens(new(crops), place=False)
+        shares = hear_anew(tokens, new, old, count=120, ridge=1e-12)
+        after = tokens(new(crops), place=False)
+    assert min(shares.values()) > 0.99
+    assert (after - before).square().mean() < 0.02 * (deaf - before).square().mean()
