@@ -28,7 +28,7 @@ from fantasy_nb.animate import PortraitPipeline, decode_film, denoise, to_pixels
 from fantasy_nb.core import data_samples, default_device, write_image
 from fantasy_nb.data import ClipConfig, SceneClips, zoom_in
 from fantasy_nb.exprbench import MOVING
-from fantasy_nb.expression import Features, fit_ruler
+from fantasy_nb.expression import ExpressionEncoder, Features, fit_ruler
 from fantasy_nb.faces import Expression, Identity, Scene, random_motion, render_crops, render_scene
 from fantasy_nb.tracking import align_crop, head_pose, measure_expression, track_faces
 from fantasy_nb.train import owners_from_portrait
@@ -91,9 +91,9 @@ def true_frames(video) -> np.ndarray:
 # pictures and following share their films
 
 
-def pictures_and_following(weights: Weights, counts: dict[int, int], frames: int, parts: set) -> None:
+def pictures_and_following(weights: Weights, counts: dict[int, int], frames: int, parts: set, reader_from: Path | None = None) -> None:
     "Print both tables."
-    readers = {"MediaPipe": lambda track, film: measure_expression(track)} | ({"encoder": encoder_reader(weights)} if "following" in parts else {})
+    readers = {"MediaPipe": lambda track, film: measure_expression(track)} | ({"encoder": encoder_reader(weights, reader_from)} if "following" in parts else {})
     for people, count in counts.items():
         rows, seen, lost = [], defaultdict(list), 0
         clips = weights.clips(people, frames)
@@ -142,9 +142,9 @@ def print_following(seen: dict, people: int) -> None:
 
 
 @torch.no_grad()
-def encoder_reader(weights: Weights, count: int = 1600, seed: int = 2001):
-    "Straight lines, laid on drawn people, from the features of the pipeline's own encoder (chapter 03) to the factors."
-    encoder = weights.pipeline.encoder
+def encoder_reader(weights: Weights, folder: Path | None = None, count: int = 1600, seed: int = 2001):
+    "Straight lines, laid on drawn people, from the features of an encoder (chapter 03; None: the pipeline's own) to the factors."
+    encoder = weights.pipeline.encoder if folder is None else ExpressionEncoder.from_pretrained(folder).to(weights.device).eval()
     size, known = encoder.config.image_size, Expression.sample(count, seed)
     crops = render_crops(Identity.sample(count, seed), known, size, closer=encoder.config.closer)
     features = Features.unpack(torch.cat([encoder(part.to(weights.device)).pack().cpu() for part in crops.split(100)]))
@@ -327,6 +327,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--real", type=Path, default=Path("../shared/real"), help="folder with biden.mp4 and two_person.mp4")
     parser.add_argument("--out", type=Path, help="folder for contact sheets and films")
     parser.add_argument("--set", type=json.loads, default={}, metavar="JSON", help='settings to change, e.g. \'{"draws": 1}\'')
+    parser.add_argument("--reader", type=Path, help="folder of the encoder that reads the films (default: the one that each of --weights listens to; name one to compare weights that listen to different ones)")
     parser.add_argument("--time-one", type=int, help=argparse.SUPPRESS)
     return parser
 
@@ -341,7 +342,7 @@ def main() -> int:
         weights, parts = Weights(name, device), set(args.parts)
         weights.settings = weights.pipeline.settings = replace(weights.settings, **args.set)
         if parts & {"pictures", "following"}:
-            pictures_and_following(weights, {p: n for p, n in enumerate(args.clips, 1) if n}, args.frames, parts)
+            pictures_and_following(weights, {p: n for p, n in enumerate(args.clips, 1) if n}, args.frames, parts, args.reader)
         if "steps" in parts:
             steps(weights)
         if "long" in parts:
