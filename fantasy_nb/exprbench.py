@@ -93,8 +93,8 @@ class Benchmark:
     frames: int = 25  # 4n+1, the portrait's among them
     own: bool = False  # self-reenactment: everybody drives themselves
     height: int = 64  # pixels, as the weights were trained
-    crop: int = 64
-    closer: float = 1.0
+    crop: int = 96  # as `tiny` wants them
+    closer: float = 1.7
 
     def __post_init__(self):
         if self.clips < 1 or not self.seeds or not self.people or not all(1 <= p <= 5 for p in self.people):
