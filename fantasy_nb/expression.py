@@ -5,23 +5,26 @@
 # %% auto #0
 __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS', 'DECKS', 'EVERY_DECK', 'VALUES', 'COPIES',
            'WORTH', 'DIRECTIONS', 'AGREED', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'OF_THE_ROUND', 'STEPS',
-           'Features', 'ExpressionConfig', 'ConvBlock', 'Hourglass', 'FaceBackbone', 'FeatureHead', 'ExpressionEncoder',
-           'fit_size', 'release_name', 'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank',
-           'draw_file', 'stored_bank', 'pair_loss', 'value_means', 'centre_blocks', 'fisher_directions', 'agreement',
-           'normal', 'shake_crop', 'lose_detail', 'relight', 'retexture', 'occlude', 'augment', 'last_layer',
-           'hidden_features', 'hidden_of_pictures', 'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers',
-           'wake_units', 'orthogonal', 'Muon', 'Course', 'lesson', 'silence_dead_units', 'turn_down', 'save_course',
-           'load_course', 'train_encoder', 'calibrate', 'build_parser', 'main', 'run_course', 'fit_ruler', 'probe']
+           'AGREE_STEPS', 'Features', 'ExpressionConfig', 'ConvBlock', 'Hourglass', 'FaceBackbone', 'FeatureHead',
+           'ExpressionEncoder', 'fit_size', 'release_name', 'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops',
+           'Bank', 'render_bank', 'draw_file', 'stored_bank', 'pair_loss', 'value_means', 'centre_blocks',
+           'fisher_directions', 'agreement', 'normal', 'shake_crop', 'lose_detail', 'relight', 'retexture', 'occlude',
+           'augment', 'last_layer', 'hidden_features', 'hidden_of_pictures', 'partners_targets', 'pixel_codes',
+           'lay_lines', 'set_last_layers', 'wake_units', 'orthogonal', 'Muon', 'Course', 'lesson', 'silence_dead_units',
+           'turn_down', 'save_course', 'load_course', 'train_encoder', 'calibrate', 'build_parser', 'main',
+           'run_course', 'fit_ruler', 'probe', 'shared_moment', 'render_group', 'draw_groups', 'stored_groups',
+           'Agreement', 'one_agreement', 'agree']
 
 # %% ../nbs/03_expression.ipynb #cell-005
 import argparse
+import copy
 import csv
 import json
 import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +34,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import OneLineParser, at_least, atomic, default_device, in_processes, read_checkpoint
-from .faces import EMOTIONS, Expression, Identity, render_crops
+from .faces import EMOTIONS, Expression, Identity, random_motion, render_crops
 
 # %% ../nbs/03_expression.ipynb #cell-012
 @dataclass(frozen=True)
@@ -774,6 +777,7 @@ def calibrate(
 
 # %% ../nbs/03_expression.ipynb #cell-083
 STEPS = {"tiny": 1800, "mini": 1800}  # 14 minutes and half an hour of two cores, pictures included (28 November 2026)
+AGREE_STEPS = {"tiny": 900, "mini": 600}  # of a second course, below
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -781,11 +785,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser("fantasy-train-encoder", description="Train an expression encoder on pictures drawn in pairs; no true factor is ever a target.")
     parser.add_argument("--config", choices=["tiny", "mini"], default="tiny", help="size of the encoder (default: tiny)")
     parser.add_argument("--run", type=Path, default=None, help="folder of pictures, checkpoint and log (default: runs/encoder-CONFIG)")
-    parser.add_argument("--steps", type=int, default=None, help="training steps (default: " + ", ".join(f"{steps} for {size}" for size, steps in STEPS.items()) + ")")
+    parser.add_argument("--steps", type=int, default=None, help="training steps (default: " + ", ".join(f"{steps} for {size}" for size, steps in STEPS.items()) + "; with --agree " + ", ".join(f"{steps} for {size}" for size, steps in AGREE_STEPS.items()) + ")")
     parser.add_argument("--init", type=Path, default=None, help="folder of encoder weights to go on with (a new run, with a slope of its own)")
-    parser.add_argument("--strength", type=float, default=0.5, help="of the augmentation (default: 0.5)")
+    parser.add_argument("--agree", type=int, default=None, metavar="GROUPS", help="a second course for --init: to say of one face what it says of sixteen people who do the same, on average; so many such groups (the shipped animators listen to encoders of 1378, mini, and 1330, tiny)")
+    parser.add_argument("--strength", type=float, default=None, help="of the augmentation (default: 0.5; with --agree 0.35)")
     parser.add_argument("--texture", type=float, default=0.0, help="of other surfaces among it (default: 0, none)")
-    parser.add_argument("--lr", type=float, default=0.012, help="peak learning rate of Muon; AdamW has a sixth of it (default: 0.012)")
+    parser.add_argument("--lr", type=float, default=None, help="peak learning rate of Muon; AdamW has a sixth of it (default: 0.012; with --agree 0.006)")
     parser.add_argument("--pictures", type=Path, default=None, help="folder of drawn pictures (default: RUN/pictures)")
     parser.add_argument("--blocks", type=int, default=320, help="blocks of 64 pictures of 16 people to learn from (default: 320)")
     parser.add_argument("--seed", type=int, default=0)
@@ -812,19 +817,20 @@ def main(arguments=None) -> int:
 def run_course(args: argparse.Namespace) -> int:
     "What the command does once its arguments are read."
     run, config, device = args.run or Path(f"runs/encoder-{args.config}"), getattr(ExpressionConfig, args.config)(), default_device()
-    steps = STEPS[args.config] if args.steps is None else args.steps
+    second = args.agree is not None
+    steps = (AGREE_STEPS if second else STEPS)[args.config] if args.steps is None else args.steps
     checkpoint, log = run / "checkpoint.pt", run / "log.csv"
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} is there already: --resume goes on from it, another --run starts anew")
     if args.blocks < 2 or steps < 1:
         raise ValueError(f"want at least 2 blocks and 1 step, got --blocks {args.blocks} --steps {steps}")
+    if second and (args.init is None or args.agree < 2 or args.texture):
+        raise ValueError(f"want --init, at least 2 groups and no --texture for --agree, got --init {args.init} --agree {args.agree} --texture {args.texture}")
     init = None if args.init is None else ExpressionEncoder.from_pretrained(args.init)
     if init is not None and init.config != config:
         raise ValueError(f"want {args.init} to hold an encoder of size {args.config}, got {init.config}")
     run.mkdir(parents=True, exist_ok=True)
-    pictures = args.pictures or run / "pictures"
     draw = dict(closer=config.closer, processes=(args.threads or os.cpu_count() or 1) if device.type == "cpu" else 1)
-    bank = stored_bank(pictures, args.blocks, config.image_size, 5_000_000, device, **draw)
     last = 0
     with open(log, "a", newline="") as file:
         table = csv.writer(file)
@@ -838,8 +844,13 @@ def run_course(args: argparse.Namespace) -> int:
                 table.writerow([step, *(round(losses[name], 4) for name in GROUPS)])
                 file.flush()
 
-        options = dict(strength=args.strength, texture=args.texture, learning_rate=args.lr, bf16=args.bf16, device=device, max_minutes=args.max_minutes, init=init)
-        encoder = train_encoder(config, steps, args.seed, bank, log=write, checkpoint=checkpoint, **options)
+        options = dict(seed=args.seed, bf16=args.bf16, device=device, max_minutes=args.max_minutes, log=write, checkpoint=checkpoint)
+        options |= {name: value for name, value in (("strength", args.strength), ("learning_rate", args.lr)) if value is not None}
+        if second:
+            encoder = agree(init, stored_groups(args.pictures or run / "groups", args.agree, config.image_size, device=device, **draw), steps, **options)
+        else:
+            bank = stored_bank(args.pictures or run / "pictures", args.blocks, config.image_size, 5_000_000, device, **draw)
+            encoder = train_encoder(config, steps, bank=bank, texture=args.texture, init=init, **options)
     encoder.save_pretrained(args.out or run / "weights")
     print(f"weights in {args.out or run / 'weights'}" + (f" after {last} of {steps} steps; --resume goes on" if 0 < last < steps else ""))
     return 0
@@ -865,3 +876,132 @@ def probe(
     "How well a straight line reads the factors of people it was not fitted on."
     seen, true = fit_ruler(features[:train], factors[:train])(features[train:]), factors[train:]
     return 1 - (seen - true).square().sum(0) / (true - true.mean(0)).square().sum(0)
+
+# %% ../nbs/03_expression.ipynb #cell-101
+def shared_moment(seed: int, g: torch.Generator) -> Expression:  # one moment
+    "What a group does: any expression, or (even seeds) a moment of a performance with any share of its turns and livelier mouths and lids; every seventh turned anew, up to 45 degrees."
+    if seed % 2:
+        moment = Expression.sample(1, seed)
+    else:
+        moment, share = random_motion(9, seed, 25.0)[4:5], 0.1 + 0.9 * torch.rand(1, generator=g)
+        chance, amount = torch.rand(2, 2, 1, generator=g)
+        new = {name: getattr(moment, name) * share for name in ("yaw", "pitch", "roll")}
+        new |= {name: torch.where(chance[1] < 0.15, amount[1], getattr(moment, name)) for name in ("blink_left", "blink_right")}
+        moment = replace(moment, mouth_open=torch.where(chance[0] < 0.5, amount[0], moment.mouth_open), **new)
+    if torch.rand((), generator=g) < 0.15:
+        moment = replace(moment, yaw=(torch.rand(1, generator=g) * 2 - 1) * 45)
+    return moment
+
+
+def render_group(seed: int, size: int, closer: float = 1.0, device=None, people: int = 16) -> Tensor:  # uint8 (people 3 size size)
+    "People who all do the same, cropped a little off, as the tracker crops."
+    g = torch.Generator().manual_seed(seed)
+    moment = shared_moment(seed, g)
+    shift, zoom = closer * 0.004 * torch.randn(people, 2, generator=g), 0.985 * (1 + 0.018 * torch.randn(people, generator=g))
+    return as_bytes(render_crops(Identity.sample(people, seed).to(device), moment.repeat(people).to(device), size, shift, zoom, closer)).cpu()
+
+
+def draw_groups(path: Path, first: int, count: int, size: int, device, closer: float) -> None:
+    "One file of `stored_groups`."
+    with atomic(path) as part:
+        save_file({"pictures": torch.stack([render_group(first + k, size, closer, device) for k in range(count)])}, part)
+
+
+def stored_groups(folder: Path, groups: int, size: int, seed: int = 60_000_000, device=None, progress: bool = True, closer: float = 1.0, processes: int = 1) -> Tensor:  # uint8 (groups 16 3 size size)
+    "Groups kept in files of fifty: what lies there already is not drawn again."
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = [(seed + k, min(50, groups - k)) for k in range(0, groups, 50)]
+    files = [(folder / f"groups-{size}px_{closer}x_{first}_{count}.safetensors", first, count, size, device, closer) for first, count in counts]
+    missing = [file for file in files if not file[0].exists()]
+    with tqdm(total=len(missing), desc="groups, 50 at a time", leave=False, disable=not progress) as bar:
+        for _ in in_processes(draw_groups, missing, processes):
+            bar.update()
+    return torch.cat([load_file(file[0])["pictures"] for file in files])
+
+# %% ../nbs/03_expression.ipynb #cell-104
+class Agreement:
+    "A second course so far; `save_course` and `load_course` know its parts."
+
+    def __init__(self, init: ExpressionEncoder, pictures: Tensor, settings: dict, device):
+        self.settings, self.device, self.step = settings | {"config": asdict(init.config)}, device, 0
+        self.g, self.encoder = torch.Generator().manual_seed(settings["seed"]), copy.deepcopy(init).to(device).train()
+        for layer in self.encoder.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.momentum = 0.02  # statistics of the last fifty steps
+        lasts = {id(last_layer(self.encoder, name).weight) for name in GROUPS}
+        matrices = [w for w in self.encoder.parameters() if w.ndim > 1 and id(w) not in lasts]
+        others = [w for w in self.encoder.parameters() if w.ndim < 2] + [last_layer(self.encoder, name).weight for name in GROUPS]
+        self.muon, self.adamw = Muon(matrices, settings["learning_rate"]), torch.optim.AdamW(others, settings["learning_rate"] / 6, (0.9, 0.98), weight_decay=0.0)
+        self.projections, self.blocks, self.targets, self.pictures = nn.ModuleDict(), torch.empty(0), None, pictures
+
+    @torch.no_grad()
+    def ask(self, init: ExpressionEncoder) -> None:
+        "Once: what the encoder says of everybody; targets are what it says of the others, `alone` how far one face is from them."
+        said = torch.cat([init.to(self.device).eval()(as_crops(part.flatten(0, 1).to(self.device))).pack() for part in self.pictures.split(8)]).unflatten(0, self.pictures.shape[:2])
+        others = (said.sum(1, keepdim=True) - said) / (said.shape[1] - 1)
+        live, first, parts, alone = said.flatten(0, 1).std(0) > 1e-4, 0, {}, {}
+        for name, width in FEATURE_WIDTHS.items():
+            parts[name] = torch.arange(first, first + width)[live[first : first + width].cpu()]
+            alone[name], first = (said - others)[..., parts[name]].square().mean().item(), first + width
+        self.targets = {"others": others.flatten(0, 1), "parts": parts, "alone": alone}
+
+    def errors(self, said: Tensor, which: Tensor) -> dict:  # {group: mean squared error, 1 = as at the beginning}
+        "How far some faces' features are from what the others' said."
+        off = said - self.targets["others"][which]
+        return {name: off[:, ix].square().mean() / self.targets["alone"][name] for name, ix in self.targets["parts"].items()}
+
+
+def one_agreement(course: Agreement) -> dict:  # {group: loss}
+    "Some faces, disturbed; say what the others of their groups said; one step."
+    s, faces = course.settings, course.pictures.flatten(0, 1)
+    rate = s["learning_rate"] * min(1, (course.step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * course.step / s["steps"]))
+    course.muon.param_groups[0]["lr"], course.adamw.param_groups[0]["lr"] = rate, rate / 6
+    i = torch.randint(len(faces), (s["batch"],), generator=course.g)
+    crops = as_crops(faces[i].to(course.device))
+    with torch.autocast(course.device.type, torch.bfloat16, enabled=s["bf16"]):
+        said = course.encoder(augment(crops, course.g, s["strength"]) if s["strength"] else crops).pack()
+    losses = course.errors(said.float(), i)
+    course.muon.zero_grad(), course.adamw.zero_grad()
+    sum(loss * (2 if name == "head" else 1) for name, loss in losses.items()).backward()
+    nn.utils.clip_grad_norm_(course.encoder.parameters(), 5.0)
+    course.muon.step(), course.adamw.step()
+    course.step += 1
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def agree(
+    init: ExpressionEncoder,
+    pictures: Tensor,  # (groups people 3 s s) uint8: in a group all do the same
+    steps: int = 900,
+    seed: int = 0,
+    batch: int = 96,  # pictures a step
+    strength: float = 0.35,  # of the augmentation
+    learning_rate: float = 0.006,  # of kernels and matrices; all else learns at a sixth of it
+    bf16: bool = False,
+    device=None,
+    progress: bool = True,  # show a bar
+    log=None,  # called with (step, {group: loss}) after every step
+    checkpoint=None,  # a file: written every 100 steps and at the end; if it is there, the run goes on from it
+    max_minutes: float = math.inf,
+) -> ExpressionEncoder:  # in eval mode; its features mean what those of `init` meant
+    "A second course: say of one face what `init` says of others who do the same, on average. Raises ValueError for pictures that are not groups."
+    if pictures.ndim != 5 or pictures.shape[1] < 2 or pictures.dtype != torch.uint8:
+        raise ValueError(f"want uint8 pictures (groups people 3 s s) of at least 2 people, got {tuple(pictures.shape)} {pictures.dtype}")
+    device, began = torch.device(device or "cpu"), time.monotonic()
+    settings = dict(steps=steps, seed=seed, groups=list(pictures.shape), batch=batch, strength=strength, learning_rate=learning_rate, bf16=bf16)
+    course = Agreement(init, pictures, settings, device)
+    if checkpoint and Path(checkpoint).exists():
+        load_course(course, checkpoint)
+    else:
+        course.ask(copy.deepcopy(init))
+    for step in tqdm(range(course.step, steps), desc="agreement", initial=course.step, total=steps, leave=False, disable=not progress):
+        losses, late = one_agreement(course), time.monotonic() - began > 60 * max_minutes
+        if log:
+            log(step, losses)
+        if checkpoint and (course.step % 100 == 0 or course.step == steps or late):
+            save_course(course, checkpoint)
+        if late:
+            break
+    silence_dead_units(course.encoder.eval())
+    turn_down(course.encoder)
+    return course.encoder

@@ -267,6 +267,46 @@ def test_train_encoder_command(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_faces_that_do_the_same_come_to_agree(tmp_path):
+    from fantasy_nb.expression import agree, as_crops, render_bank, render_group, train_encoder
+
+    config = ExpressionConfig(image_size=24, width=16, depth=1, hidden=32, heatmaps=8, readout=2, mouth_embed=0, closer=1.7)
+    init = train_encoder(config, 30, 0, render_bank(8, 24, 0, progress=False, closer=1.7), batch=64, pool=6, progress=False)
+    groups = torch.stack([render_group(k, 24, 1.7, people=8) for k in range(24)])
+    before = {name: value.clone() for name, value in init.state_dict().items()}
+    options = dict(steps=160, batch=64, strength=0.0, learning_rate=0.003, progress=False)
+    whole, seen = agree(init, groups, **options), []
+    assert all(torch.equal(init.state_dict()[name], value) for name, value in before.items())  # a copy was taught
+    with torch.no_grad():
+        said = [e(as_crops(groups.flatten(0, 1))).head.unflatten(0, groups.shape[:2]) for e in (init, whole)]
+    apart = [(x - x.mean(1, keepdim=True)).square().mean().item() for x in said]  # how much of a feature is the person's
+    means = [x.mean(1) for x in said]
+    assert apart[1] < 0.5 * apart[0]
+    assert (means[1] - means[0]).square().mean() < 0.5 * (means[0] - means[0].mean(0)).square().mean()  # and the code is the old one
+    short = options | dict(steps=4)
+    pieces, whole = None, agree(init, groups, **short)
+    for _ in range(5):  # stopped after every step; the last call finds nothing left to do
+        pieces = agree(init, groups, **short, checkpoint=tmp_path / "c.pt", max_minutes=0, log=lambda step, loss: seen.append(step))
+    assert seen == [0, 1, 2, 3]
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), pieces.state_dict().values()))
+    with pytest.raises(ValueError, match="another run"):
+        agree(init, groups, **short | dict(batch=8), checkpoint=tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="want uint8 pictures .groups people 3 s s. of at least 2 people, got"):
+        agree(init, groups[:, :1])
+
+
+def test_the_second_course_as_a_command(tmp_path, capsys):
+    from fantasy_nb.expression import main
+
+    command = ["--config", "tiny", "--run", str(tmp_path / "run"), "--agree", "2", "--steps", "2"]
+    assert main(command) == 2 and "want --init" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    command += ["--init", str(WEIGHTS)]
+    assert main([*command, "--max-minutes", "0"]) == 0 and "after 1 of 2 steps" in capsys.readouterr().out
+    assert main([*command, "--resume"]) == 0
+    assert ExpressionEncoder.from_pretrained(tmp_path / "run/weights").config == ExpressionConfig.tiny()
+    assert len(list((tmp_path / "run/groups").iterdir())) == 1
+
+
 def test_augment_keeps_range_and_is_gentle_at_zero():
     from fantasy_nb.expression import augment
 
