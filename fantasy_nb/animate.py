@@ -533,7 +533,7 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-077
+# %% ../nbs/11_animate.ipynb #cell-080
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -567,7 +567,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-# %% ../nbs/11_animate.ipynb #cell-078
+# %% ../nbs/11_animate.ipynb #cell-081
 def check_output(path: str | None, endings: tuple[str, ...], inputs: list = ()) -> None:
     "Raise before the work starts where a file could not be written after it, or would replace one of the inputs."
     if path is None:
@@ -619,7 +619,7 @@ def check_device(name: str) -> None:
     if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"want --device cpu: there is no {name} here, CUDA devices: {torch.cuda.device_count()}")
 
-# %% ../nbs/11_animate.ipynb #cell-079
+# %% ../nbs/11_animate.ipynb #cell-082
 def named_drivers(drive: list[str], names: list[str] | None):  # a list of files, or {name: file}
     "What --drive says. Raises ValueError where only some drivers have a name, one has two, or nobody is called so."
     pairs = [text.partition("=") for text in drive]
@@ -664,7 +664,7 @@ def run_animation(args: argparse.Namespace) -> None:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-# %% ../nbs/11_animate.ipynb #cell-080
+# %% ../nbs/11_animate.ipynb #cell-083
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)

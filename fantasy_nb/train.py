@@ -6,12 +6,12 @@
 __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'EVERYTHING', 'LOGGED', 'PICTURES', 'STAGES',
            'ONE_AFTER_THE_OTHER', 'image_condition', 'new_tokens', 'Animator', 'paint_boxes', 'place_weight',
            'loss_weight', 'channel_weights', 'owners_from_portrait', 'as_stored', 'encode_clip', 'encode_stills',
-           'pick_moments', 'mirrored', 'encode_shard', 'encode_clips', 'LatentClips', 'TrainConfig', 'step_generator',
-           'pixel_decoder', 'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA', 'make_accelerator', 'whole',
-           'spread_like', 'save_checkpoint', 'load_checkpoint', 'carries_expression', 'parameter_groups',
-           'forget_expression', 'held_out_loss', 'check_run', 'one_step', 'train', 'append_log', 'Watcher',
-           'build_parser', 'main', 'start_processes', 'fingerprint', 'stamp_cache', 'as_heard', 'fill_caches',
-           'load_animator', 'run_stage', 'run_training']
+           'pick_moments', 'mirrored', 'NewViews', 'encode_shard', 'encode_clips', 'LatentClips', 'TrainConfig',
+           'step_generator', 'pixel_decoder', 'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA',
+           'make_accelerator', 'whole', 'spread_like', 'save_checkpoint', 'load_checkpoint', 'carries_expression',
+           'parameter_groups', 'forget_expression', 'held_out_loss', 'check_run', 'one_step', 'train', 'append_log',
+           'Watcher', 'build_parser', 'main', 'start_processes', 'fingerprint', 'stamp_cache', 'as_heard',
+           'fill_caches', 'load_animator', 'run_stage', 'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-005
 import argparse
@@ -251,7 +251,54 @@ def mirrored(clip: Clip, seed: int) -> Clip:
     frames = (clip.frames.flip(-1) * gain.to(clip.frames.device)).clamp(0, 255).to(torch.uint8)
     return Clip(frames, torch.stack([width - x1, y0, width - x0, y1], -1), clip.crops.flip(-1), [])
 
-# %% ../nbs/10_train.ipynb #cell-025
+# %% ../nbs/10_train.ipynb #cell-026
+class NewViews:
+    "Scenes of stills laid anew: portrait and moments of a scene under one shift (up to 6 % of the width), one zoom (.91 to 1.23) and one lamp. Needs a VAE with a linear code."
+
+    def __init__(self, vae: VideoVAE):
+        if vae.code is None:
+            raise ValueError("want a VAE with a linear code for new views of stills, got one without")
+        self.vae, (c, _) = vae, vae.code.down.weight.shape
+        self.down = vae.code.down.weight.detach().view(c, 3, 4, 64).sum(2).flatten(1)  # a still's block holds its frame four times
+
+    def pixels(self, latents: Tensor) -> Tensor:  # (n c h w) -> (n 3 8h 8w)
+        "What the linear code shows."
+        raw = latents[:, :, None] * self.vae.latents_std + self.vae.latents_mean
+        return self.vae.code.decode_still(raw)[:, :, 0]
+
+    def latents(self, pixels: Tensor) -> Tensor:  # the inverse
+        "And back."
+        raw = rearrange(pixels, "n c (h i) (w j) -> n h w (c i j)", i=8, j=8) @ self.down.to(pixels).T + self.vae.code.down.bias.to(pixels)
+        return ((raw.permute(0, 3, 1, 2)[:, :, None] - self.vae.latents_mean) / self.vae.latents_std)[:, :, 0]
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Tensor], g: torch.Generator, share: float, count: int = 2) -> dict[str, Tensor]:
+        "What `pick_moments` gives, `count` moments a scene; this share of the scenes is moved."
+        portrait, moments, weight = batch["portrait"][:, :, 0], batch["latents"][:, :, 0], batch["weight"][:, :, 0]
+        (n, _, h, w), b = moments.shape, len(moments) // count
+        scene, on = torch.arange(b).repeat_interleave(count), (torch.rand(b, generator=g) < share).float()
+        zoom = (on * (torch.rand(b, generator=g) * 0.30 - 0.09)).exp()
+        shift = on[:, None] * (torch.rand(b, 2, generator=g) * 2 - 1) * torch.tensor([0.14 * h / w, 0.12])
+        lamp = (on[:, None] * (0.12 * torch.randn(b, 3, generator=g) + 0.12 * torch.randn(b, 1, generator=g))).exp()
+        matrix = torch.cat([torch.diag_embed((1 / zoom)[:, None].expand(b, 2)), shift[:, :, None]], 2).to(moments)
+        every = torch.cat([torch.arange(b), scene])  # a portrait for each scene, then its moments
+        before = torch.cat([portrait[::count], moments])
+        seen = F.grid_sample(self.pixels(before), F.affine_grid(matrix[every], (len(every), 3, 8 * h, 8 * w), align_corners=False), mode="bicubic", padding_mode="border", align_corners=False)
+        seen = ((seen.clamp(-1, 1) + 1) * lamp[every, :, None, None].to(seen) - 1).clamp(-1, 1)
+        after = torch.where(on[every].view(-1, 1, 1, 1).to(seen) > 0, self.latents(seen), before)
+        weight = F.grid_sample(weight, F.affine_grid(matrix[scene], weight.shape, align_corners=False), padding_mode="border", align_corners=False)
+        return batch | {"portrait": after[:b][scene][:, :, None], "latents": after[b:][:, :, None], "weight": weight[:, :, None], "owners": self.moved_owners(batch["owners"], matrix[scene], (h, w))}
+
+    @staticmethod
+    def moved_owners(owners: Tensor, matrix: Tensor, size: tuple[int, int]) -> Tensor:  # (n 1 tokens)
+        "Each person's region, moved as well; where someone would lose the last token, all stay as they were."
+        n, side = len(owners), round((size[0] * size[1] / owners.shape[-1]) ** 0.5)
+        before = owners.view(n, 1, size[0] // side, size[1] // side)
+        after = F.grid_sample(before.float(), F.affine_grid(matrix, before.shape, align_corners=False).float(), mode="nearest", padding_mode="border", align_corners=False).round().to(owners.dtype)
+        same = torch.tensor([torch.equal(a.unique(), b.unique()) for a, b in zip(after, before)], device=owners.device)
+        return torch.where(same.view(-1, 1, 1, 1), after, before).view_as(owners)
+
+# %% ../nbs/10_train.ipynb #cell-029
 def encode_shard(clips, start: int, stop: int, path: Path, vae: VideoVAE, encoder: ExpressionEncoder, encode) -> int:  # how many clips
     "One file of `encode_clips`, if it is not there."
     rows = {}
@@ -286,7 +333,7 @@ def encode_clips(
         for count in in_processes(encode_shard, jobs, processes):
             bar.update(count)
 
-# %% ../nbs/10_train.ipynb #cell-026
+# %% ../nbs/10_train.ipynb #cell-030
 class LatentClips:
     "The cache in memory. A batch is a pure function of the step, so that a resumed run sees what the broken one would have seen."
 
@@ -323,7 +370,7 @@ class LatentClips:
         "A random batch."
         return self.stack(self.draw(size, g))
 
-# %% ../nbs/10_train.ipynb #cell-028
+# %% ../nbs/10_train.ipynb #cell-032
 @dataclass(frozen=True)
 class TrainConfig:
     "What a training run is; the same config and seed give the same weights on the same machine."
@@ -347,18 +394,19 @@ class TrainConfig:
     ema: float = 0.998
     bf16: bool = False  # forward and backward in bfloat16 where that is safe (autocast); weights stay float32
     seed: int = 0
+    new_views: float = 0.0  # share of the scenes of stills that are seen from another place, under another lamp
 
     def rate(self, step: int) -> float:
         "Learning rate at a step: a ramp, a plateau, a slope."
         end = max(1, round(self.decay * self.steps))
         return self.lr * min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / end))
 
-# %% ../nbs/10_train.ipynb #cell-029
+# %% ../nbs/10_train.ipynb #cell-033
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     "All randomness of one step (in one process) comes from here."
     return torch.Generator().manual_seed(seed * 10_000_019 + step + rank * 1_000_000_007)
 
-# %% ../nbs/10_train.ipynb #cell-033
+# %% ../nbs/10_train.ipynb #cell-037
 def pixel_decoder(vae: VideoVAE):  # latents (b c t h w) -> video (b 3 f 8h 8w)
     "The quickest way to pixels that gradients can take: the linear code where the VAE has one, else all of its decoder. Freezes the VAE."
     vae.requires_grad_(False)
@@ -380,11 +428,12 @@ def weight_of_pixels(weight: Tensor) -> Tensor:  # (b 1 t h w) -> (b 1 4(t-1)+1 
     weight = weight.repeat_interleave(8, -1).repeat_interleave(8, -2)
     return torch.cat([weight[:, :, :1], weight[:, :, 1:].repeat_interleave(4, 2)], 2)
 
-# %% ../nbs/10_train.ipynb #cell-034
-def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainConfig, g: torch.Generator, decode=None):
-    "Flow-matching loss of one batch (chapter 08's `flow_loss`), weighted by `batch['weight']`; `decode` (of `pixel_decoder`) where the loss is of pixels."
+# %% ../nbs/10_train.ipynb #cell-038
+def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainConfig, g: torch.Generator, decode=None, views: NewViews | None = None):
+    "Flow-matching loss of one batch (chapter 08's `flow_loss`), weighted by `batch['weight']`; `decode` (of `pixel_decoder`) where the loss is of pixels, `views` where stills are to be moved."
     stills = batch["features"].shape[2] == batch["latents"].shape[2]
     batch = pick_moments(batch, g) if stills else batch | {"portrait": batch["latents"][:, :, :1]}
+    batch = views(batch, g, config.new_views) if stills and views and config.new_views else batch
     latents, b = batch["latents"], len(batch["latents"])
     scale, image_scale, text_scale = ((torch.rand(b, generator=g) >= share).float().to(latents.device) for share in (config.drop_expression, config.drop_image, config.drop_text))
     text = batch["text"] * text_scale[:, None, None] if "text" in batch else None
@@ -400,7 +449,7 @@ def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainCon
         return flow_loss(model, latents, t, noise, config.prediction, batch["weight"])
     return flow_loss(model, latents, t, noise, "clean", weight_of_pixels(batch["weight"]), measure=absolute_errors(decode))
 
-# %% ../nbs/10_train.ipynb #cell-037
+# %% ../nbs/10_train.ipynb #cell-041
 class EMA:
     "A moving average of the weights: smoother than the weights themselves, and what is shipped."
 
@@ -414,7 +463,7 @@ class EMA:
         state, self.steps = model.state_dict(), step + 1
         get_ema_multi_avg_fn(decay)([self.shadow[name] for name in state], list(state.values()), None)
 
-# %% ../nbs/10_train.ipynb #cell-039
+# %% ../nbs/10_train.ipynb #cell-043
 def make_accelerator():
     "Accelerate's view of this process: alone, or one of several. Imports accelerate."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -432,7 +481,7 @@ def spread_like(state: dict, like: dict) -> dict:
     spread = lambda x, y: distribute_tensor(x.to(y.device), y.device_mesh, y.placements) if isinstance(y, DTensor) else x  # noqa: E731
     return {name: spread(value, like[name]) for name, value in state.items()}
 
-# %% ../nbs/10_train.ipynb #cell-040
+# %% ../nbs/10_train.ipynb #cell-044
 EVERYTHING = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered, on the CPU, in the first process
 
 
@@ -445,7 +494,7 @@ def save_checkpoint(path: Path, step: int, animator: Animator, optimizer, ema: E
         with atomic(path) as part:
             torch.save(state, part)
 
-# %% ../nbs/10_train.ipynb #cell-041
+# %% ../nbs/10_train.ipynb #cell-045
 def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config: TrainConfig) -> int:  # the next step
     "Restore a run in place. Raises ValueError where the file is broken or the config another."
     state = read_checkpoint(path)
@@ -458,7 +507,7 @@ def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config:
     ema.steps, ema.shadow = state["step"], spread_like({k: v.clone() for k, v in state["ema"].items()}, ema.shadow)
     return state["step"]
 
-# %% ../nbs/10_train.ipynb #cell-043
+# %% ../nbs/10_train.ipynb #cell-047
 def carries_expression(name: str) -> bool:
     "Is this parameter of the animator part of the expression's way (tokens and expression memories), or of the base?"
     return name.startswith("tokens.") or ".memories.expression." in name
@@ -485,7 +534,7 @@ def forget_expression(animator: Animator) -> Animator:
         nn.init.xavier_uniform_(memory.key.weight), nn.init.zeros_(memory.value.weight)
     return animator
 
-# %% ../nbs/10_train.ipynb #cell-044
+# %% ../nbs/10_train.ipynb #cell-048
 @torch.no_grad()
 def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], config: TrainConfig, decode=None) -> float:
     "Mean loss of some clips at fixed times and noise, one clip at a time."
@@ -496,20 +545,22 @@ def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], co
         losses.append(animator_loss(animator, batch, replace(config, drop_expression=0.0, drop_image=0.0), g, decode).loss.item())
     return sum(losses) / len(losses)
 
-# %% ../nbs/10_train.ipynb #cell-046
-def check_run(config: TrainConfig, world: int, decode) -> None:
+# %% ../nbs/10_train.ipynb #cell-050
+def check_run(config: TrainConfig, world: int, decode, views=None) -> None:
     "Raise ValueError for settings that cannot be trained with."
     if config.batch % world:
         raise ValueError(f"want a batch that {world} processes can share, got {config.batch}")
     if config.loss not in ("latents", "pixels") or (config.loss == "pixels" and (decode is None or config.prediction != "clean")):
         raise ValueError(f'want loss="latents", or loss="pixels" with prediction="clean" and a decoder, got {config.loss!r}, {config.prediction!r}, decode={decode}')
+    if not 0 <= config.new_views <= 1 or (config.new_views and views is None):
+        raise ValueError(f"want new_views between 0 and 1, and NewViews if it is not 0, got {config.new_views}, views={views}")
 
-# %% ../nbs/10_train.ipynb #cell-047
-def one_step(model, optimizer, batch: dict[str, Tensor], config: TrainConfig, step: int, accelerator, decode) -> tuple:  # FlowLoss, gradient norm
+# %% ../nbs/10_train.ipynb #cell-051
+def one_step(model, optimizer, batch: dict[str, Tensor], config: TrainConfig, step: int, accelerator, decode, views=None) -> tuple:  # FlowLoss, gradient norm
     "Loss, gradients (averaged over processes), a step of the optimiser. Raises FloatingPointError for a loss that is not a number."
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step) * group["share"]
-    out = animator_loss(model, batch, config, step_generator(config.seed, step, accelerator.process_index + 1), decode)
+    out = animator_loss(model, batch, config, step_generator(config.seed, step, accelerator.process_index + 1), decode, views)
     if not torch.isfinite(out.loss):
         raise FloatingPointError(f"the loss of step {step} is {out.loss.item()}")
     optimizer.zero_grad()
@@ -518,7 +569,7 @@ def one_step(model, optimizer, batch: dict[str, Tensor], config: TrainConfig, st
     optimizer.step()
     return out, norm
 
-# %% ../nbs/10_train.ipynb #cell-048
+# %% ../nbs/10_train.ipynb #cell-052
 def train(
     animator: Animator,
     clips: LatentClips,
@@ -529,13 +580,14 @@ def train(
     save_every: int = 250,
     channels: Tensor | None = None,  # (c 1 1 1) weight of each latent channel, for loss="latents"
     decode=None,  # of `pixel_decoder`, for loss="pixels"
+    views: NewViews | None = None,  # for `config.new_views`
     show: bool = True,
     watch=None,  # called as watch(step, animator, ema) after every step, in all processes
 ) -> EMA:
     "Train in place, alone or as one of several processes; returns the averaged weights. Raises FloatingPointError, naming step and clips, when the loss is not a number."
     device, start, began, rows, accelerator = next(animator.parameters()).device, 0, time.monotonic(), [], make_accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
-    check_run(config, world, decode)
+    check_run(config, world, decode, views)
     optimizer = torch.optim.AdamW(parameter_groups(animator, config), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(animator, optimizer)
     bare = accelerator.unwrap_model(model)
@@ -549,7 +601,7 @@ def train(
         if channels is not None and config.loss == "latents":
             batch["weight"] = batch["weight"] * channels.to(device)
         try:
-            out, norm = one_step(model, optimizer, batch, config, step, accelerator, decode)
+            out, norm = one_step(model, optimizer, batch, config, step, accelerator, decode, views)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; clips {drawn}; the last checkpoint is {checkpoint}") from None
         ema.update(bare, step)
@@ -567,7 +619,7 @@ def train(
             break
     return ema
 
-# %% ../nbs/10_train.ipynb #cell-049
+# %% ../nbs/10_train.ipynb #cell-053
 LOGGED = ("step", "loss", "gradient_norm", "seconds", *(f"loss_{k}_to_{k + 25}" for k in (0, 25, 50, 75)))
 
 
@@ -580,7 +632,7 @@ def append_log(path: Path, rows: list[tuple]) -> None:
         writer = csv.writer(handle)
         writer.writerows(([LOGGED] if new else []) + rows)
 
-# %% ../nbs/10_train.ipynb #cell-057
+# %% ../nbs/10_train.ipynb #cell-061
 PICTURES = {  # what is drawn, how it is encoded, how many scenes
     "tiny": {
         "stills": (ClipConfig(frames=5, stills=True), encode_stills, 3450),
@@ -602,7 +654,7 @@ STAGES = {  # what to learn from, and how
 }
 ONE_AFTER_THE_OTHER = ("small", "stills", "clips", "mixed")  # what `fantasy-train` does if no stage is named; tiny has no small pictures and begins with stills
 
-# %% ../nbs/10_train.ipynb #cell-066
+# %% ../nbs/10_train.ipynb #cell-070
 class Watcher:
     "Pictures (and, where asked for, TensorBoard) of a run while it goes on."
 
@@ -674,7 +726,7 @@ class Watcher:
         if self.writer:
             self.writer.close()
 
-# %% ../nbs/10_train.ipynb #cell-069
+# %% ../nbs/10_train.ipynb #cell-073
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = OneLineParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic or curated clips; VAE and encoder weights must exist.")
@@ -691,6 +743,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=None, help="clips a step, of all processes together")
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
     parser.add_argument("--loss", choices=["latents", "pixels"], default=None, help="squared errors of latents or absolute errors of pixels (default: latents for stills, base and adapter, pixels for the others)")
+    parser.add_argument("--new-views", type=float, default=None, metavar="SHARE", help="share of the scenes of stills that are seen from another place, under another lamp, each time anew (default: 0)")
     parser.add_argument("--learn-base", type=float, default=None, metavar="SHARE", help="rate of everything but the expression, as a share of --lr; 0 = frozen (default: the stage's)")
     parser.add_argument("--bf16", action="store_true", default=None, help="half the bits: twice as fast where the device can")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network's blocks")
@@ -705,7 +758,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="write the averaged weights and the parts they need here, for `fantasy-animate --weights` (default: RUN/weights)")
     return parser
 
-# %% ../nbs/10_train.ipynb #cell-070
+# %% ../nbs/10_train.ipynb #cell-074
 def main(arguments=None) -> int:
     "`fantasy-train`: encode clips, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -735,7 +788,7 @@ def start_processes(count: int, arguments: list[str], entry=main) -> int:
         said = error.get_first_failure()[1].message
         raise ValueError(f"a process stopped: {said['message'] if isinstance(said, dict) else said}") from None
 
-# %% ../nbs/10_train.ipynb #cell-072
+# %% ../nbs/10_train.ipynb #cell-076
 def fingerprint(module: nn.Module) -> str:
     "Of a network's weights: sixteen hexadecimal digits."
     digest = hashlib.sha256()
@@ -759,7 +812,7 @@ def stamp_cache(folder: Path, made_of: dict, write: bool = True) -> None:
         with atomic(path) as part:
             part.write_text(json.dumps(made_of, indent=2))
 
-# %% ../nbs/10_train.ipynb #cell-073
+# %% ../nbs/10_train.ipynb #cell-077
 def as_heard(config: ClipConfig, encoder: ExpressionEncoder) -> ClipConfig:
     "Pictures whose drivers are cropped as the encoder wants them."
     return replace(config, crop=encoder.config.image_size, closer=encoder.config.closer)
@@ -806,7 +859,7 @@ def load_animator(args: argparse.Namespace, stage: str, init: Path | None, devic
 
 def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None, out: Path) -> bool:  # was it trained to its last step?
     "One stage of `STAGES`: fill its cache, train, write the averaged weights into `out`."
-    asked = {name: getattr(args, name) for name in ("steps", "batch", "lr", "loss", "learn_base", "bf16", "seed")}
+    asked = {name: getattr(args, name) for name in ("steps", "batch", "lr", "loss", "learn_base", "bf16", "seed", "new_views")}
     (kinds, config), accelerator = STAGES[stage], make_accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
     cache = args.cache or (run.parent if args.stage == "all" else run) / "cache"  # stages of one run share their pictures
@@ -823,7 +876,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
     scenes = PICTURES[args.config][kinds[0]]
     unseen, encode = SceneClips(as_heard(scenes[0], encoder), seed=999, device=device), partial(scenes[1], token=token)
     watch = Watcher(run, unseen, encode, vae, encoder, animator, config, args.samples, args.tensorboard, rank == 0)
-    ema = train(animator, LatentClips(*folders), config, run, args.resume, args.max_minutes, channels=channel_weights(vae), decode=pixel_decoder(vae), watch=watch)
+    ema = train(animator, LatentClips(*folders), config, run, args.resume, args.max_minutes, channels=channel_weights(vae), decode=pixel_decoder(vae), views=NewViews(vae) if config.new_views else None, watch=watch)
     averaged = whole(ema.shadow)  # by all processes
     if rank == 0:
         watch.log(run / "log.csv")
@@ -849,7 +902,7 @@ def run_training(args: argparse.Namespace) -> int:
             print(f"fantasy-train: {args.stage} from random weights, without stills before them (--init): heads will hardly follow", file=sys.stderr)
         run_stage(args, args.stage, run, args.init, weights)
         return 0
-    alone = [f"--{name}" for name in ("clips", "steps", "lr", "loss", "learn-base") if getattr(args, name.replace("-", "_")) is not None]
+    alone = [f"--{name}" for name in ("clips", "steps", "lr", "loss", "learn-base", "new-views") if getattr(args, name.replace("-", "_")) is not None]
     if alone:
         raise ValueError(f"{' and '.join(alone)} belong to one stage: say which with --stage {', --stage '.join(STAGES)}")
     init, stages = args.init, [stage for stage in ONE_AFTER_THE_OTHER if set(STAGES[stage][0]) <= set(PICTURES[args.config])]

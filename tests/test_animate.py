@@ -405,3 +405,16 @@ def test_the_measuring_tool_finds_films_between_floor_and_ceiling():
     mouth = next(line.split() for line in run.stdout.splitlines() if line.split()[:2] == ["encoder", "mouth_open"])
     own, _, other, _, _, swapped = map(float, mouth[2:])
     assert own > 0.5 and own > other + 0.3 and swapped > 0.3  # with the drivers swapped the new one is followed
+
+
+def test_a_painter_who_hears_true_heads_is_better_than_one_who_hears_the_encoder(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    import measure_animation as tool
+
+    few = tool.painter_reader
+    monkeypatch.setattr(tool, "painter_reader", lambda encoder: few(encoder, 24))
+    tool.painter(tool.Weights("tiny", "cpu"), {1: 1}, 5, 2)
+    told = capsys.readouterr().out
+    still, best = (float(x) for x in re.search(r"portrait held ([\d.]+), VAE ([\d.]+)", told).groups())
+    heard, true, heads = (float(re.search(name + r" ([\d.]+) dB", told).group(1)) for name in (": as heard", "true heads, else as heard", "heads as heard, else true"))
+    assert still < heard < true and heads < true and true > best - 3

@@ -485,6 +485,43 @@ def test_encoded_stills_become_samples_of_one_moment():
         assert torch.equal(x[:, 0], batch["features"][0, :, j]) and torch.equal(w[:, 0], batch["weight"][0, :, j])
 
 
+def test_new_views_move_pictures_weights_and_regions_alike():
+    vae, g = VideoVAE.from_pretrained(data_samples("weights", "tiny", "vae")).eval(), torch.Generator().manual_seed(0)
+    views, (n, h, w) = train_module.NewViews(vae), (48, 8, 12)
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    blob = torch.exp(-((x - 5.5) ** 2 + (y - 4) ** 2) / 6).expand(n, 1, h, w)  # two moments of 24 scenes: what is bright weighs much
+    latents = views.latents(torch.nn.functional.interpolate(blob, scale_factor=8, mode="bilinear").expand(-1, 3, -1, -1) * 0.4 - 0.6)[:, :, None]
+    owners = (1 + (x >= 6)).flatten().to(torch.uint8).expand(n, 1, -1)
+    batch = {"portrait": latents, "latents": latents, "weight": blob[:, :, None], "owners": owners, "features": torch.randn(n, 2, 1, 554, generator=g)}
+    untouched, moved = views(batch, g, 0.0), views(batch, g, 1.0)
+    assert all(torch.equal(untouched[name], batch[name]) for name in batch if name != "weight")
+    torch.testing.assert_close(untouched["weight"], batch["weight"])
+    assert torch.equal(moved["portrait"], moved["latents"]) and torch.equal(moved["features"], batch["features"])  # both under one shift, zoom and lamp
+    assert torch.equal(moved["latents"][0], moved["latents"][1]) and not torch.equal(moved["latents"][0], moved["latents"][2])  # each scene its own
+    shown = torch.nn.functional.avg_pool2d(views.pixels(moved["latents"][:, :, 0]).mean(1, keepdim=True), 8)
+    r = lambda a, b: torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]  # noqa: E731
+    assert min(r(a, b) for a, b in zip(shown, moved["weight"][:, :, 0])) > 0.97 > min(r(a, b) for a, b in zip(shown, blob))
+    edges = [(one.view(h, w) == 1).sum(1).float().mean() for one in moved["owners"][::2]]  # where the second person's region begins
+    assert all(set(one.unique().tolist()) == {1, 2} for one in moved["owners"]) and len(set(map(float, edges))) > 1
+    centre = lambda z: ((z[:, 0, 0] * x).sum((1, 2)) / z[:, 0, 0].sum((1, 2)))[::2]  # noqa: E731
+    assert r(torch.stack(edges), centre(moved["weight"])) > 0.6
+    with pytest.raises(ValueError, match="linear code"):
+        train_module.NewViews(VideoVAE(replace(vae.config, linear=False)))
+
+
+def test_training_with_new_views_resumes_exactly(tmp_path, capsys):
+    arguments = ["--stage", "stills", "--clips", "1", "--batch", "2", "--threads", "1", "--samples", "0", "--steps", "3", "--cache", str(tmp_path / "cache")]
+    for name, minutes in (("whole", []), ("pieces", ["--max-minutes", "0"]), ("plain", [])):
+        views = ["--new-views", "0.9"] if name != "plain" else []
+        for _ in range(3 if minutes else 1):
+            assert main([*arguments, *views, *minutes, "--run", str(tmp_path / name), "--resume"]) == 0, capsys.readouterr().err
+    whole, pieces, plain = (Animator.from_pretrained(tmp_path / name / "weights").state_dict() for name in ("whole", "pieces", "plain"))
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole) and not all(torch.equal(whole[name], plain[name]) for name in whole)
+    assert main([*arguments, "--new-views", "1.5", "--run", str(tmp_path / "other")]) == 2 and "want new_views between 0 and 1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="NewViews if it is not 0"):
+        train(small_animator(), None, TrainConfig(steps=1, new_views=0.5))
+
+
 def test_a_still_equals_a_window_whose_four_frames_agree():
     torch.manual_seed(0)
     animator = small_animator(2)

@@ -180,13 +180,16 @@ def painter_reader(encoder: ExpressionEncoder, count: int = 240, seed: int = 77_
         features.append(encoder(crops / 127.5 - 1).pack())
         known.append(torch.stack([getattr(motion, name) for name in names], -1))
     x, y, n = torch.cat(features), torch.cat(known), 20 * count  # of 24 moments each
-    groups, live = Features.unpack(x), {name: value.std(0) > 1e-4 for name, value in vars(Features.unpack(x)).items()}
-    ways = {name: fit_ruler(squares(getattr(groups, name)[:n, live[name]]), y[:n], 3.0) for name in live}
+    axes = {}  # of each group, the few along which its features move at all
+    for name, value in vars(Features.unpack(x)).items():
+        _, sizes, ways = torch.linalg.svd(value - value.mean(0), full_matrices=False)
+        axes[name] = ways[(sizes > 0.02 * sizes[0])][:20].T / sizes[0] * len(x) ** 0.5
+    told = lambda packed: {name: squares(value @ axes[name]) for name, value in vars(Features.unpack(packed)).items()}  # noqa: E731
+    rulers = {name: fit_ruler(value[:n], y[:n], 3.0) for name, value in told(x).items()}
     group_of = ["emotion" if name in EMOTIONS else next(g for g, members in Expression.GROUPS.items() if name in members) for name in names]
 
     def read(packed):
-        seen = Features.unpack(packed)
-        said = {name: way(squares(getattr(seen, name)[:, live[name]])) for name, way in ways.items()}
+        said = {name: rulers[name](value) for name, value in told(packed).items()}
         return torch.stack([said[group][:, k] for k, group in enumerate(group_of)], -1).clamp(y.amin(0), y.amax(0))
 
     return read, (read(x[n:]) - y[n:]).square().mean(0).sqrt()
@@ -198,7 +201,7 @@ def painter(weights: Weights, counts: dict[int, int], frames: int, copies: int =
     names, heads = Expression.names(), slice(0, 3)
     read, off = painter_reader(weights.pipeline.encoder)
     print(f"\n{weights.name}: the encoder's heads are read {', '.join(f'{name} {x:.2f}' for name, x in zip(names[:3], off))} degrees off (root mean squares)")
-    g, rows = torch.Generator().manual_seed(0), defaultdict(list)
+    g = torch.Generator().manual_seed(0)
     for people, count in counts.items():
         clips, rows = weights.clips(people, frames), defaultdict(list)
         for k in tqdm(range(count), desc=f"painter, {people} people", unit="clip"):
