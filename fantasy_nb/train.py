@@ -275,7 +275,7 @@ class NewViews:
     def __call__(self, batch: dict[str, Tensor], g: torch.Generator, share: float, count: int = 2) -> dict[str, Tensor]:
         "What `pick_moments` gives, `count` moments a scene; this share of the scenes is moved."
         portrait, moments, weight = batch["portrait"][:, :, 0], batch["latents"][:, :, 0], batch["weight"][:, :, 0]
-        (n, _, h, w), b = moments.shape, len(moments) // count
+        (h, w), b = moments.shape[-2:], len(moments) // count
         scene, on = torch.arange(b).repeat_interleave(count), (torch.rand(b, generator=g) < share).float()
         zoom = (on * (torch.rand(b, generator=g) * 0.30 - 0.09)).exp()
         shift = on[:, None] * (torch.rand(b, 2, generator=g) * 2 - 1) * torch.tensor([0.14 * h / w, 0.12])

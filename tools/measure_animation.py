@@ -212,7 +212,7 @@ def painter(weights: Weights, counts: dict[int, int], frames: int, copies: int =
             true = [torch.stack([getattr(motion, name) for name in names], -1) for motion in clip.motions]
             heard = [read(one) for one in features]
 
-            def draw(told):
+            def draw(told, scene=scene, size=size):
                 pictures, _, _ = render_scene(scene, [Expression(**dict(zip(names, one.T))) for one in told], size)
                 return pictures[1:].permute(0, 2, 3, 1).numpy() * 255
 
