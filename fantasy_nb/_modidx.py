@@ -407,6 +407,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fantasy_nb.expression.stored_groups': ('expression.html#stored_groups', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.sweep_or_sample': ( 'expression.html#sweep_or_sample',
                                                                                   'fantasy_nb/expression.py'),
+                                       'fantasy_nb.expression.take_lessons': ('expression.html#take_lessons', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.train_encoder': ('expression.html#train_encoder', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.turn_down': ('expression.html#turn_down', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.value_means': ('expression.html#value_means', 'fantasy_nb/expression.py'),

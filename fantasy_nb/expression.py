@@ -11,8 +11,8 @@ __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS'
            'fisher_directions', 'agreement', 'normal', 'shake_crop', 'lose_detail', 'relight', 'retexture', 'occlude',
            'augment', 'last_layer', 'hidden_features', 'hidden_of_pictures', 'partners_targets', 'pixel_codes',
            'lay_lines', 'set_last_layers', 'wake_units', 'orthogonal', 'Muon', 'Course', 'lesson', 'silence_dead_units',
-           'turn_down', 'save_course', 'load_course', 'train_encoder', 'calibrate', 'build_parser', 'main',
-           'run_course', 'fit_ruler', 'probe', 'shared_moment', 'render_group', 'draw_groups', 'stored_groups',
+           'turn_down', 'save_course', 'load_course', 'take_lessons', 'train_encoder', 'calibrate', 'build_parser',
+           'main', 'run_course', 'fit_ruler', 'probe', 'shared_moment', 'render_group', 'draw_groups', 'stored_groups',
            'Agreement', 'one_agreement', 'agree']
 
 # %% ../nbs/03_expression.ipynb #cell-005
@@ -713,6 +713,19 @@ def load_course(course: Course, path) -> None:
     course.g.set_state(state["dice"].cpu())
 
 # %% ../nbs/03_expression.ipynb #cell-075
+def take_lessons(course, teach, name: str, progress: bool, log, checkpoint, max_minutes: float) -> None:
+    "Call `teach()`, which makes a step and gives the losses, until the course is over or time is up; a checkpoint every 100 steps and at the end."
+    steps, began = course.settings["steps"], time.monotonic()
+    for step in tqdm(range(course.step, steps), desc=name, initial=course.step, total=steps, leave=False, disable=not progress):
+        losses, late = teach(), time.monotonic() - began > 60 * max_minutes
+        if log:
+            log(step, losses)
+        if checkpoint and (course.step % 100 == 0 or course.step == steps or late):
+            save_course(course, checkpoint)
+        if late:
+            break
+
+
 def train_encoder(
     config: ExpressionConfig,
     steps: int = 1800,
@@ -737,19 +750,16 @@ def train_encoder(
     bank = render_bank(320, config.image_size, 5_000_000, device, progress, closer=config.closer) if bank is None else bank
     rounds = rounds or (ROUNDS if init is None else FURTHER_ROUNDS)
     settings = dict(steps=steps, seed=seed, blocks=len(bank), batch=batch, pool=pool, rounds=list(rounds), strength=strength, texture=texture, learning_rate=learning_rate, bf16=bf16)
-    course, turns, began = Course(config, settings, device, init), {0} | {round(share * steps) for share in rounds}, time.monotonic()
+    course, turns = Course(config, settings, device, init), {0} | {round(share * steps) for share in rounds}
     if checkpoint and Path(checkpoint).exists():
         load_course(course, checkpoint)
-    for step in tqdm(range(course.step, steps), desc="encoder", initial=course.step, total=steps, leave=False, disable=not progress):
-        if step in turns:
+
+    def teach():
+        if course.step in turns:
             course.new_targets(bank)
-        losses, late = lesson(course, bank), time.monotonic() - began > 60 * max_minutes
-        if log:
-            log(step, losses)
-        if checkpoint and (course.step % 100 == 0 or course.step == steps or late):
-            save_course(course, checkpoint)
-        if late:
-            break
+        return lesson(course, bank)
+
+    take_lessons(course, teach, "encoder", progress, log, checkpoint, max_minutes)
     silence_dead_units(course.encoder.eval())
     turn_down(course.encoder)
     set_last_layers(course.encoder, bank[:pool], seed)
@@ -987,21 +997,14 @@ def agree(
     "A second course: say of one face what `init` says of others who do the same, on average. Raises ValueError for pictures that are not groups."
     if pictures.ndim != 5 or pictures.shape[1] < 2 or pictures.dtype != torch.uint8:
         raise ValueError(f"want uint8 pictures (groups people 3 s s) of at least 2 people, got {tuple(pictures.shape)} {pictures.dtype}")
-    device, began = torch.device(device or "cpu"), time.monotonic()
+    device = torch.device(device or "cpu")
     settings = dict(steps=steps, seed=seed, groups=list(pictures.shape), batch=batch, strength=strength, learning_rate=learning_rate, bf16=bf16)
     course = Agreement(init, pictures, settings, device)
     if checkpoint and Path(checkpoint).exists():
         load_course(course, checkpoint)
     else:
         course.ask(copy.deepcopy(init))
-    for step in tqdm(range(course.step, steps), desc="agreement", initial=course.step, total=steps, leave=False, disable=not progress):
-        losses, late = one_agreement(course), time.monotonic() - began > 60 * max_minutes
-        if log:
-            log(step, losses)
-        if checkpoint and (course.step % 100 == 0 or course.step == steps or late):
-            save_course(course, checkpoint)
-        if late:
-            break
+    take_lessons(course, lambda: one_agreement(course), "agreement", progress, log, checkpoint, max_minutes)
     silence_dead_units(course.encoder.eval())
     turn_down(course.encoder)
     return course.encoder
