@@ -131,7 +131,7 @@ def to_height(frames: np.ndarray, height: int) -> np.ndarray:  # uint8 (f h w 3)
     width = 2 * max(1, round(frames.shape[2] * height / frames.shape[1] / 2))
     return np.stack([resize(frame, (height, width)) for frame in frames])
 
-
+# %% ../nbs/11_animate.ipynb #cell-018
 @dataclass
 class Animation:
     "A film, and where it came from."
@@ -173,14 +173,14 @@ class Animation:
         said = {"comment": "Generated with fantasy_nb: a synthetic animation, not a recording."}
         write_video(path, frames, self.fps, metadata=said, sound=self.files[sound - 1] if sound else None)
 
-# %% ../nbs/11_animate.ipynb #cell-017
+# %% ../nbs/11_animate.ipynb #cell-019
 def square(frame: np.ndarray, size: int) -> np.ndarray:
     "The middle square of a frame, resized."
     h, w = frame.shape[:2]
     side, top, left = min(h, w), (h - min(h, w)) // 2, (w - min(h, w)) // 2
     return resize(frame[top : top + side, left : left + side], (size, size))
 
-# %% ../nbs/11_animate.ipynb #cell-018
+# %% ../nbs/11_animate.ipynb #cell-020
 def load_portrait(portrait) -> np.ndarray:  # uint8 (h w 3)
     "A path, uint8 (h w 3), or float (3 h w) in [0, 1]."
     if isinstance(portrait, (str, os.PathLike)):
@@ -190,7 +190,7 @@ def load_portrait(portrait) -> np.ndarray:  # uint8 (h w 3)
         raise ValueError(f"want a portrait as a path, uint8 (h w 3) or float (3 h w), got shape {tuple(getattr(picture, 'shape', ()))}")
     return as_frames(picture[None])[0]
 
-# %% ../nbs/11_animate.ipynb #cell-019
+# %% ../nbs/11_animate.ipynb #cell-021
 def load_driver(driver, frames: int | None, fps: float | None) -> tuple[np.ndarray, float]:
     "A path, frames, or a pair (frames, fps); at most `frames` of them, at `fps` where a file has another rate."
     if isinstance(driver, (str, os.PathLike)):
@@ -201,7 +201,7 @@ def load_driver(driver, frames: int | None, fps: float | None) -> tuple[np.ndarr
         raise ValueError("want a driver of at least one frame, got none")
     return pictures, rate
 
-# %% ../nbs/11_animate.ipynb #cell-021
+# %% ../nbs/11_animate.ipynb #cell-023
 def unwatched(stage: str, share: float) -> None:
     "Nobody looks. What takes its place is told the stage and how much of it is done (0 to 1), and may raise to stop the work."
 
@@ -230,7 +230,7 @@ def find_drivers(drivers: list, people: int, frames: int | None, show: bool, wat
     length = min(map(len, pictures))
     return [p[:length] for p in pictures], [t[:length] for t in tracks], fps, files
 
-# %% ../nbs/11_animate.ipynb #cell-023
+# %% ../nbs/11_animate.ipynb #cell-025
 def film_velocity(
     animator: Animator,
     config: PipelineConfig,
@@ -258,7 +258,7 @@ def film_velocity(
 
     return velocity
 
-# %% ../nbs/11_animate.ipynb #cell-025
+# %% ../nbs/11_animate.ipynb #cell-027
 def frames_velocity(animator: Animator, config: PipelineConfig, portrait: Tensor, features: Tensor, owners: Tensor, at_once: int = 64) -> Callable:
     "As `film_velocity`, with every frame by itself: x (1 c f h w) holds one latent frame for each frame of the film."
     pieces = []
@@ -276,7 +276,7 @@ def frames_velocity(animator: Animator, config: PipelineConfig, portrait: Tensor
 
     return velocity
 
-# %% ../nbs/11_animate.ipynb #cell-026
+# %% ../nbs/11_animate.ipynb #cell-028
 @torch.no_grad()
 def denoise(animator: Animator, config: PipelineConfig, portrait: Tensor, features: Tensor, owners: Tensor, seed: int, show: bool, watch: Callable = unwatched) -> Tensor:
     "Latents of a film, from one noise: (1 c 1+n h w) in windows, (1 c 4n h w) with every frame by itself. Arguments as `film_velocity`."
@@ -292,7 +292,7 @@ def denoise(animator: Animator, config: PipelineConfig, portrait: Tensor, featur
 
         return SOLVERS[config.solver](guided_velocity, noise, time_grid(config.steps, config.shift), count)
 
-# %% ../nbs/11_animate.ipynb #cell-027
+# %% ../nbs/11_animate.ipynb #cell-029
 def to_pixels(video: Tensor) -> np.ndarray:  # (1 3 f h w) in [-1, 1] -> uint8 (f h w 3)
     "Rounded, clipped, channels last: what writers of pictures want."
     return ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
@@ -316,7 +316,7 @@ def decode_film(
         watch("decoding", min(1.0, done / (4 * latents.shape[2] - 3 if window else latents.shape[2])))
     return np.concatenate(film[1:] if window else film)
 
-# %% ../nbs/11_animate.ipynb #cell-029
+# %% ../nbs/11_animate.ipynb #cell-031
 @cache
 def among_diffusers(kind: type) -> type:
     "The same class as a diffusers DiffusionPipeline, or itself where diffusers is not installed. Imports diffusers."
@@ -326,7 +326,7 @@ def among_diffusers(kind: type) -> type:
         return kind
     return type(kind.__name__, (kind, DiffusionPipeline), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
-
+# %% ../nbs/11_animate.ipynb #cell-033
 class StoredPipeline:
     "The parts of a pipeline, where they are, and their folder on disk."
 
@@ -391,7 +391,7 @@ class StoredPipeline:
         finally:
             part.to(self.resting)
 
-# %% ../nbs/11_animate.ipynb #cell-031
+# %% ../nbs/11_animate.ipynb #cell-035
 def by_name(drivers, names: list[str] | None, assign: list[int] | None) -> tuple[list, list[int] | None]:
     "Drivers as a list, and whom they move. Raises ValueError for names that nobody has."
     if not isinstance(drivers, dict):
@@ -415,7 +415,7 @@ def each_person(strength, people: int, names: list[str] | None, what: str) -> li
         raise ValueError(f"want {what} of 0 or more, one for all or one for each of the {people} people, got {strength}")
     return values
 
-# %% ../nbs/11_animate.ipynb #cell-032
+# %% ../nbs/11_animate.ipynb #cell-036
 def check_assignment(assign: list[int] | None, drivers: int, people: int) -> list[int]:
     "Which person each driver moves, from 1. Raises ValueError unless they are different people of the portrait."
     assign = list(range(1, drivers + 1)) if assign is None else list(assign)
@@ -424,7 +424,7 @@ def check_assignment(assign: list[int] | None, drivers: int, people: int) -> lis
         raise ValueError(f"want a different person for every driver, numbered {numbers}; got assign={assign} for {drivers} driver{'s' * (drivers > 1)}")
     return assign
 
-# %% ../nbs/11_animate.ipynb #cell-034
+# %% ../nbs/11_animate.ipynb #cell-038
 @dataclass
 class Cast:
     "Who is in the picture, and who moves whom."
@@ -452,7 +452,7 @@ def find_cast(portrait, drivers, frames: int | None, assign: list[int] | None, n
     assign = check_assignment(assign, len(tracks), len(people))
     return Cast(picture, people, films, tracks, fps, files, assign, [{what: values[k] for what, values in strengths.items()} for k in range(len(people))])
 
-# %% ../nbs/11_animate.ipynb #cell-036
+# %% ../nbs/11_animate.ipynb #cell-040
 class PortraitPipeline(StoredPipeline):
     "Portrait and drivers -> film."
 
@@ -525,7 +525,7 @@ class PortraitPipeline(StoredPipeline):
         cast = find_cast(portrait, drivers, frames, assign, names, dict(mouth=mouth, emotion=emotion, overall=overall), show, self.watch)
         return Animation(self.film(cast, how, seed, show), cast.fps, cast.tracks, cast.films, cast.assign, cast.files)
 
-# %% ../nbs/11_animate.ipynb #cell-037
+# %% ../nbs/11_animate.ipynb #cell-041
 def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation:
     "One call: load the weights, animate, and write a file where `out` is given."
     animation = PortraitPipeline.from_pretrained(weights)(portrait, drivers, **options)
@@ -533,7 +533,7 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-080
+# %% ../nbs/11_animate.ipynb #cell-084
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -567,7 +567,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-# %% ../nbs/11_animate.ipynb #cell-081
+# %% ../nbs/11_animate.ipynb #cell-085
 def check_output(path: str | None, endings: tuple[str, ...], inputs: list = ()) -> None:
     "Raise before the work starts where a file could not be written after it, or would replace one of the inputs."
     if path is None:
@@ -588,7 +588,7 @@ def check_output(path: str | None, endings: tuple[str, ...], inputs: list = ()) 
     except OSError as error:
         raise OSError(f"cannot write {path}: {'not a folder: ' + str(parent) if parent.is_file() else error.strerror}") from None
 
-
+# %% ../nbs/11_animate.ipynb #cell-087
 def kind_of(path) -> str:
     "'film' or 'picture', which FFmpeg would read as a film of one frame. Raises FileNotFoundError or ValueError where it is neither."
     if Path(path).is_dir():
@@ -619,7 +619,7 @@ def check_device(name: str) -> None:
     if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"want --device cpu: there is no {name} here, CUDA devices: {torch.cuda.device_count()}")
 
-# %% ../nbs/11_animate.ipynb #cell-082
+# %% ../nbs/11_animate.ipynb #cell-088
 def named_drivers(drive: list[str], names: list[str] | None):  # a list of files, or {name: file}
     "What --drive says. Raises ValueError where only some drivers have a name, one has two, or nobody is called so."
     pairs = [text.partition("=") for text in drive]
@@ -631,7 +631,7 @@ def named_drivers(drive: list[str], names: list[str] | None):  # a list of files
         raise ValueError(f"want every --drive as NAME=VIDEO with a different name out of {', '.join(names)}, got {drive}")
     return {name: file for name, _, file in pairs}
 
-
+# %% ../nbs/11_animate.ipynb #cell-090
 def run_animation(args: argparse.Namespace) -> None:
     "What `fantasy-animate` does once its arguments are read."
     drivers = named_drivers(args.drive, args.names)
@@ -664,7 +664,7 @@ def run_animation(args: argparse.Namespace) -> None:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-# %% ../nbs/11_animate.ipynb #cell-083
+# %% ../nbs/11_animate.ipynb #cell-091
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)

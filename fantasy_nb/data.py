@@ -247,7 +247,7 @@ def laplacian_sharpness(
             values.append(cv2.Laplacian(grey, cv2.CV_64F).var())
     return float(np.median(values)) if values else 0.0
 
-
+# %% ../nbs/09_data.ipynb #cell-036
 def describe_face(frames: np.ndarray, track: FaceTrack) -> dict[str, float]:
     "Presence, height in pixels, sharpness, turning in degrees, motion: what `CurationConfig` has thresholds for."
     seen = track[track.present]
@@ -261,7 +261,7 @@ def describe_face(frames: np.ndarray, track: FaceTrack) -> dict[str, float]:
         "motion": front.var(0, correction=0).sum(-1).sqrt().mean().item(),
     }
 
-
+# %% ../nbs/09_data.ipynb #cell-038
 def why_not(
     faces: list[dict],  # of `describe_face`, left to right
     frames: int,
@@ -284,7 +284,7 @@ def why_not(
             return f"{name} is {best:.3g} at most, want {getattr(config, name):g}"
     return ""
 
-# %% ../nbs/09_data.ipynb #cell-036
+# %% ../nbs/09_data.ipynb #cell-040
 def curate_video(
     path,  # a video
     name: str,  # what its clips are called
@@ -326,7 +326,7 @@ def curate_video(
         rows.append(row)
     return rows
 
-# %% ../nbs/09_data.ipynb #cell-038
+# %% ../nbs/09_data.ipynb #cell-042
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
 
@@ -350,7 +350,7 @@ def find_videos(folder) -> dict[str, Path]:  # name -> file
         found[name] = path
     return found
 
-
+# %% ../nbs/09_data.ipynb #cell-044
 def curate_job(job: dict) -> dict:  # name, path, out, config -> {"name"}
     "One video, unless its rows lie there already: from the same file with the same config."
     path, out, config = Path(job["path"]), Path(job["out"]), CurationConfig(**job["config"])
@@ -366,7 +366,7 @@ def curate_job(job: dict) -> dict:  # name, path, out, config -> {"name"}
             part.write_text(json.dumps({"stamp": stamp, "rows": rows}))
     return {"name": job["name"]}
 
-
+# %% ../nbs/09_data.ipynb #cell-046
 def run_jobs(jobs: list[dict], processes: int, ray: bool, show: bool) -> None:
     "Every job once: in this process, in a pool, or on Ray Data (in-process, or on the cluster that RAY_ADDRESS names)."
     if ray:
@@ -382,7 +382,7 @@ def run_jobs(jobs: list[dict], processes: int, ray: bool, show: bool) -> None:
         for _ in in_processes(curate_job, [(job,) for job in jobs], processes):
             bar.update()
 
-# %% ../nbs/09_data.ipynb #cell-039
+# %% ../nbs/09_data.ipynb #cell-047
 def curate(
     videos,  # a folder, searched with all below it, or one file
     out,  # folder for clips/, tracks/, rows/ and manifest.parquet
@@ -409,7 +409,7 @@ def curate(
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), part)
     return rows
 
-# %% ../nbs/09_data.ipynb #cell-044
+# %% ../nbs/09_data.ipynb #cell-052
 MESH_EDGES = torch.tensor([-0.035, -0.058, 0.040, 0.033])  # measured on 24 people: drawn faces' true boxes end so far outside the tracker's mesh, as shares of its size
 
 
@@ -418,7 +418,7 @@ def grown_boxes(boxes: Tensor) -> Tensor:  # (... 4) xyxy
     extent = boxes[..., 2:] - boxes[..., :2]
     return boxes + MESH_EDGES * torch.cat([extent, extent], -1)
 
-
+# %% ../nbs/09_data.ipynb #cell-054
 def frame_people(
     boxes: Tensor,  # (f p 4) face boxes in the picture
     size: tuple[int, int],  # (h w) wanted
@@ -432,7 +432,7 @@ def frame_people(
     middle = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2])
     return middle - torch.tensor([w, h]) / (2 * scale), float(scale)
 
-
+# %% ../nbs/09_data.ipynb #cell-056
 def cut_view(
     frames: np.ndarray,  # uint8 (f H W 3)
     corner: Tensor,  # (2,) of `frame_people`
@@ -450,7 +450,7 @@ def cut_view(
     views = [cv2.warpAffine(frame, matrix, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE) for frame in frames]
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
 
-# %% ../nbs/09_data.ipynb #cell-045
+# %% ../nbs/09_data.ipynb #cell-057
 class ClipFolder(torch.utils.data.Dataset):
     "What `curate` kept, as training examples like those of `SceneClips`. Raises FileNotFoundError without a manifest, ValueError without a clip that is long enough."
 
@@ -487,7 +487,7 @@ class ClipFolder(torch.utils.data.Dataset):
         crops = torch.stack([align_crop(frames, track, self.config.crop, True, self.config.closer) for track in tracks])
         return Clip(cut_view(frames, corner, scale, size), (boxes - corner.repeat(2)) * scale, ((crops + 1) * 127.5).round().to(torch.uint8), [])
 
-# %% ../nbs/09_data.ipynb #cell-048
+# %% ../nbs/09_data.ipynb #cell-060
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-curate`: every threshold of `CurationConfig` is one."
     parser = OneLineParser("fantasy-curate", description="Raw videos -> clips with one to five people who are seen, sharp and move; a manifest says why the others were rejected. Run again, it goes on where it stopped.")

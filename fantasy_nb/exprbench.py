@@ -72,7 +72,7 @@ class Case:
         (x0, y0), (x1, y1) = low.round().int().tolist(), high.round().int().tolist()
         return np.s_[:, y0:y1, x0:x1]
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-010
 def case_seed(people: int, seed: int, index: int) -> int:
     "All randomness of a case comes from here."
     return ((UNSEEN + seed) * 1009 + index) * 64 + 8_000_000_000 * people
@@ -82,7 +82,7 @@ def actor_seed(base: int, k: int) -> int:
     "Who performs person k's motion (from 0), as a seed of `Identity.sample`."
     return base % 2**31 + 8 * k + 2
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-012
 @dataclass(frozen=True)
 class Benchmark:
     "A set of cases, the same on every machine."
@@ -138,7 +138,7 @@ def drawn(scene: Scene, motions: list[Expression], size: tuple[int, int]) -> tup
     frames, boxes, _ = render_scene(scene, motions, size)
     return (frames.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy(), boxes
 
-# %% ../nbs/12_exprbench.ipynb #cell-011
+# %% ../nbs/12_exprbench.ipynb #cell-015
 def picture_errors(film: np.ndarray, truth: np.ndarray) -> dict[str, float]:  # uint8 (f h w 3) both
     "PSNR in dB and SSIM, over the whole film. Imports scikit-image."
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -148,7 +148,7 @@ def picture_errors(film: np.ndarray, truth: np.ndarray) -> dict[str, float]:  # 
     error = np.square(film.astype(float) - truth).mean()
     return {"psnr": 100.0 if error == 0 else peak_signal_noise_ratio(truth, film), "ssim": float(np.mean(ssim))}
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-017
 INSTRUMENT = ("encoders", "instrument")  # an expression encoder to which no animator listens, always the same: rows measured on different days stay comparable
 
 
@@ -181,7 +181,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:  # (n d), (m d) features; w
     between = sqrtm((x.T.cov() @ y.T.cov()).numpy())
     return ((x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * np.trace(between).real).item()
 
-# %% ../nbs/12_exprbench.ipynb #cell-014
+# %% ../nbs/12_exprbench.ipynb #cell-020
 GAZE_DEGREES = 25.0  # of one unit of gaze: an iris that moves by 5 mm on a ball of 12 mm
 EXPRESSION_MEASURES = ("mouth_open", "mouth_wide", "smile", "pucker", "blink_left", "blink_right")
 MOVING = {0, 11, 12, 13, 14, 17, 37, 267, 61, 291, 78, 308, 82, 312, 87, 317, 95, 324, 146, 375, 159, 145, 386, 374, 105, 334}  # some of the landmarks that an expression moves
@@ -201,7 +201,7 @@ def skin_colour(film: np.ndarray, track: FaceTrack) -> Tensor:  # (f 3) in 0 to 
     frames = torch.tensor(film).float() / 255
     return torch.stack([frame[b, a].mean(0) for frame, a, b in zip(frames, x, y)])
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-022
 def face_errors(film: np.ndarray, track: FaceTrack, other: np.ndarray, reference: FaceTrack) -> dict[str, float]:  # two films of one size, a person's track in each
     "LMD, AED, APD, gaze and identity of one person in a film against the same person's in another; each 0 for the same film. Units as in the chapter."
     a, b = measure_expression(track), measure_expression(reference)
@@ -223,7 +223,7 @@ def larger(film: np.ndarray, height: int = 256) -> np.ndarray:
     h, w = film.shape[1:3]
     return film if h >= height else np.stack([resize(frame, (height, round(w * height / h))) for frame in film])
 
-# %% ../nbs/12_exprbench.ipynb #cell-017
+# %% ../nbs/12_exprbench.ipynb #cell-025
 RULED = {"mouth_open": "mouth", "mouth_wide": "mouth", "smile": "mouth", "pucker": "mouth", "blink_left": "eyes", "blink_right": "eyes"}  # factor -> group of features
 
 
@@ -260,7 +260,7 @@ def following(read: dict[str, Tensor], motion: Expression, least: float = 0.03) 
     r = [torch.corrcoef(torch.stack([read[name].float(), true[name].float()]))[0, 1].nan_to_num() for name in moving]
     return torch.stack(r).mean().item() if r else None
 
-# %% ../nbs/12_exprbench.ipynb #cell-022
+# %% ../nbs/12_exprbench.ipynb #cell-030
 def leakage(film: np.ndarray, changed: np.ndarray, own: tuple, others: list[tuple], untouched: np.ndarray | None = None) -> float:
     "How much the other faces change when only one person's driver does, as a share of that person's own change (mean over the others; 0 where nothing changes at all). Two films (f h w 3), where the faces are, and where the true film does not change (f h w): a neighbour's hair may reach into a face's box."
     moved = np.square(film.astype(float) - changed).mean(-1)
@@ -291,7 +291,7 @@ def another_actor(case: Case, j: int) -> Case:
     crops[j] = jittered_crops(case.motions[j], crops.shape[-1], 1_000_000_007 + 8 * case.seed + j, case.closer)
     return replace(case, crops=crops)
 
-# %% ../nbs/12_exprbench.ipynb #cell-025
+# %% ../nbs/12_exprbench.ipynb #cell-033
 RULES = {"full": "own character", "no-mask": "all characters", "eq4": "own, and the others with weight exp(0)", "release": "the release's mask"}
 BOUNDS = {"still": "the portrait held", "vae": "the true film, reconstructed"}
 
@@ -305,7 +305,7 @@ def heard(owners: Tensor, people: int, tokens: int, keep: Tensor | None, rule: s
         return mask.unflatten(-1, (people, tokens)).flip(-2).flatten(-2)
     return attention_mask(owners, people, tokens, keep)
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-035
 def multiplied(memory: ExpressionAttention, query: Tensor, key: Tensor, value: Tensor, guard) -> Tensor:
     "Eq. 4 as printed: softmax(M * logits), M of 0 and 1."
     each = rearrange(query, "b (t n) k d -> (b t) k n d", t=key.shape[0] // query.shape[0])
@@ -314,7 +314,7 @@ def multiplied(memory: ExpressionAttention, query: Tensor, key: Tensor, value: T
     answer = rearrange(logits.softmax(-1) @ rearrange(value, "b e k d -> b k e d"), "(b t) k n d -> b (t n) k d", b=query.shape[0])
     return answer * guard.gate
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-037
 @contextmanager
 def obeying(animator: Animator, rule: str) -> Iterator[None]:
     "While inside, the animator obeys a rule of `RULES`."
@@ -335,7 +335,7 @@ def obeying(animator: Animator, rule: str) -> Iterator[None]:
         for memory in memories:
             del memory.forward
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-039
 MARKS = {  # MediaPipe's numbers of the points that take each group's place: three, three, fifteen and 256 points are 554 numbers
     "head": (1, 10, 152),
     "eyes": (468, 473, 159),
@@ -370,7 +370,7 @@ def read_scale(folder: str | Path) -> dict[str, Tensor] | None:
     path = Path(folder) / "landmarks.safetensors"
     return load_file(path) if path.is_file() else None
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-041
 class Studio:
     "A set of weights, and a rule for who hears whom: case -> film."
 
@@ -416,7 +416,7 @@ def as_video(film: np.ndarray) -> Tensor:  # uint8 (f h w 3) -> (1 3 f h w) in [
     "What models take."
     return torch.from_numpy(film).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-043
 def make_methods(names: Iterable[str], weights: dict[str, str]) -> dict[str, Callable]:  # name -> (case -> film)
     "Methods by name: rules for the weights called `default`, bounds, or other weights under the name they were given. Raises ValueError for an unknown one."
     names, made = list(names), {}
@@ -437,7 +437,7 @@ def of_seed(folder: str, rule: str) -> Callable:
     studio = cache(lambda seed: Studio(folder.format(seed=seed), rule))
     return lambda case: studio(case.seed).film(case)
 
-# %% ../nbs/12_exprbench.ipynb #cell-030
+# %% ../nbs/12_exprbench.ipynb #cell-048
 METRICS = {"psnr": "dB in the face", "ssim": "", "perceptual": "", "lmd": "1e-3 face", "aed": "1e-2", "aed_ruler": "1e-2", "apd": "1e-3 rad", "gaze": "degrees", "identity": "1e-3", "colour": "grey levels", "leakage": "share", "actor": "share", "follow": "r", "lost": "share"}
 
 
@@ -457,7 +457,7 @@ def judge(film: np.ndarray, case: Case, features: Callable | None, ruler: Ruler 
         rows.append(row)
     return rows
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-050
 def interventions(case: Case, turned: Case, method: Callable, film: np.ndarray) -> dict[str, float | None]:
     "Leakage (of several people), and how much of the first driver's person shows: the change of their face with another actor, as a share of its change with another performance."
     face, others, changed = case.face(0), [case.face(k) for k in range(1, case.people)], method(turned)
@@ -466,7 +466,7 @@ def interventions(case: Case, turned: Case, method: Callable, film: np.ndarray) 
     leak = {"leakage": leakage(film, changed, face, others, unchanged(case.film, turned.film)[1:])} if others else {}
     return leak | {"actor": rms(method(another_actor(case, 0))) / own if own else None}
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-052
 def evaluate(
     methods: dict[str, Callable],  # name -> (case -> uint8 (f-1 h w 3)), as `make_methods` gives
     benchmark: Iterable[Case],
@@ -495,7 +495,7 @@ def evaluate(
             bar.update(len(methods))
     return rows
 
-# %% ../nbs/12_exprbench.ipynb #cell-031
+# %% ../nbs/12_exprbench.ipynb #cell-053
 def mean_and_interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     "Mean and the 95 % interval of 2,000 bootstrap draws over films (percentiles; Efron 1979)."
     values = np.asarray(values, float)
@@ -528,7 +528,7 @@ def results_table(rows: list[dict], metrics: Iterable[str] = METRICS, against: s
                     table.append({"people": people, "method": method, "metric": metric, "mean": mean, "low": low, "high": high, "films": len(values)})
     return table
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-055
 def over_seeds(values: dict[str, float], draws: int = 2000, seed: int = 0) -> tuple[float, float, float, list[float]]:
     "Of numbers by case (people-seed-index): mean, a 95 % interval that draws seeds and then each one's films (two-stage bootstrap, Davison and Hinkley 1997), and the mean of every seed."
     groups: dict[str, list] = {}
@@ -552,7 +552,7 @@ def ablation_table(rows: list[dict], metrics: Iterable[str], against: str = "ful
                     table.append({"people": people, "method": method, "metric": metric, "mean": mean, "low": low, "high": high, "seeds": seeds})
     return table
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-057
 def as_markdown(table: list[dict]) -> str:
     "One line for each method and number of people, one column for each metric: mean [95 % interval]."
     metrics = list(dict.fromkeys(cell["metric"] for cell in table))
@@ -563,7 +563,7 @@ def as_markdown(table: list[dict]) -> str:
         lines.append(f"| {people} | {method} | " + " | ".join(shown(cells.get(m)) for m in metrics) + " |")
     return "\n".join(lines)
 
-# %% ../nbs/12_exprbench.ipynb #cell-032
+# %% ../nbs/12_exprbench.ipynb #cell-058
 def plot_results(table: list[dict], metrics: Iterable[str] = ("psnr", "aed_ruler", "apd", "leakage"), path: str | Path | None = None) -> None:
     "A panel for each metric, a group of bars for each number of people, intervals as lines. Imports matplotlib."
     import matplotlib.pyplot as plt
@@ -585,7 +585,7 @@ def plot_results(table: list[dict], metrics: Iterable[str] = ("psnr", "aed_ruler
     else:
         plt.show()
 
-# %% ../nbs/12_exprbench.ipynb #cell-033
+# %% ../nbs/12_exprbench.ipynb #cell-059
 def plot_differences(table: list[dict], metrics: Iterable[str]) -> None:
     "A panel for each metric: differences by method and number of people, intervals as lines, each seed a dot. Imports matplotlib."
     import matplotlib.pyplot as plt
@@ -605,7 +605,7 @@ def plot_differences(table: list[dict], metrics: Iterable[str]) -> None:
     fig.legend([plt.Line2D([], [], color=f"C{k}") for k in range(len(people))], [f"{p} {'person' if p == 1 else 'people'}" for p in people], loc="outside lower center", ncols=len(people), fontsize=8, frameon=False)
     plt.show()
 
-# %% ../nbs/12_exprbench.ipynb #cell-035
+# %% ../nbs/12_exprbench.ipynb #cell-061
 def read_rows(path: Path) -> list[dict]:
     "Rows of a CSV file that `fantasy-bench` wrote; numbers as numbers."
     if not path.is_file():
@@ -623,7 +623,7 @@ def append_rows(path: Path, rows: list[dict]) -> None:
             writer.writeheader()
         writer.writerows(rows)
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-063
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-bench`."
     parser = OneLineParser("fantasy-bench", description="Judge methods on people whose expression is known exactly, or on a folder of real portraits and drivers. Without arguments: four methods on 24 films of two and three people, some minutes on one core.")
@@ -641,7 +641,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-065
 def settle(folder: Path, asked: dict) -> None:
     "Note what a folder's rows were made with; raise ValueError where it was something else."
     path, asked = folder / "bench.json", json.loads(json.dumps(asked))
@@ -664,7 +664,7 @@ def write_results(rows: list[dict], folder: Path) -> str:
     plot_results(table, path=folder / "plot.png")
     return text
 
-# %% ../nbs/12_exprbench.ipynb #cell-036
+# %% ../nbs/12_exprbench.ipynb #cell-066
 def real_rows(pipeline: PortraitPipeline, folder: Path, frames: int, done: set = frozenset(), keep: Callable = lambda rows: None, show: bool = True) -> list[dict]:
     "Every portrait by every driver of a folder: AED, APD and gaze against the driver, shape and colour against the portrait. Raises FileNotFoundError where one kind is missing."
     portraits, drivers = (sorted(p for p in (folder / kind).glob("*") if p.is_file()) for kind in ("portraits", "drivers"))
@@ -691,7 +691,7 @@ def real_rows(pipeline: PortraitPipeline, folder: Path, frames: int, done: set =
         rows += mine
     return rows
 
-
+# %% ../nbs/12_exprbench.ipynb #cell-068
 def run_bench(args: argparse.Namespace) -> None:
     "What `fantasy-bench` does once its arguments are read."
     if importlib.util.find_spec("skimage") is None:
@@ -730,7 +730,7 @@ def main(arguments=None) -> int:
         return 2
     return 0
 
-# %% ../nbs/12_exprbench.ipynb #cell-038
+# %% ../nbs/12_exprbench.ipynb #cell-070
 @dataclass(frozen=True)
 class Ablation:
     "What an adapter is trained with."
@@ -758,7 +758,7 @@ def new_adapter(base: str | Path, ablation: Ablation, seed: int) -> Animator:
     animator.tokens = ExpressionTokens(replace(animator.tokens.config, learnable=ablation.learnable))
     return forget_expression(animator)
 
-# %% ../nbs/12_exprbench.ipynb #cell-043
+# %% ../nbs/12_exprbench.ipynb #cell-075
 def encode_both(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder, token: int = 8) -> dict[str, Tensor]:
     "As `encode_stills`, and the drivers' landmarks (p m 956) beside their features."
     marks = torch.stack([landmarks_of(crops) for crops in clip.crops])

@@ -282,7 +282,7 @@ def as_crops(pictures: Tensor) -> Tensor:  # uint8 -> [-1, 1]
     "The inverse of `as_bytes`."
     return pictures.float() / 127.5 - 1
 
-
+# %% ../nbs/03_expression.ipynb #cell-038
 @dataclass(frozen=True)
 class Bank:
     "Blocks of pictures, and what was dealt in each."
@@ -316,7 +316,7 @@ def render_bank(
         dealt.append(cards)
     return Bank(torch.stack(pictures), torch.stack(dealt))
 
-# %% ../nbs/03_expression.ipynb #cell-037
+# %% ../nbs/03_expression.ipynb #cell-039
 def draw_file(path: Path, blocks: int, size: int, seed: int, device, closer: float) -> None:
     "One file of `stored_bank`."
     bank = render_bank(blocks, size, seed, device, False, closer)
@@ -347,7 +347,7 @@ def stored_bank(
     parts = [load_file(file[0]) for file in files]
     return Bank(*(torch.cat([part[name] for part in parts]) for name in ("pictures", "dealt")))
 
-# %% ../nbs/03_expression.ipynb #cell-040
+# %% ../nbs/03_expression.ipynb #cell-042
 def pair_loss(
     z: Tensor,  # (n d) one group's features
     label: Tensor,  # (n,) which value of the group each picture shows
@@ -360,7 +360,7 @@ def pair_loss(
     share = (label[:, None] == label[None]) & ~itself
     return -similarity.masked_fill(itself, float("-inf")).log_softmax(-1)[share].mean()
 
-# %% ../nbs/03_expression.ipynb #cell-043
+# %% ../nbs/03_expression.ipynb #cell-045
 def value_means(z: Tensor, label: Tensor) -> Tensor:  # (n d), (n,) -> (n d)
     "For each picture the mean over all that share its value."
     label = label - label.min()
@@ -391,14 +391,14 @@ def fisher_directions(
     vectors = torch.linalg.eigh(inverse @ between @ inverse.T).eigenvectors
     return (inverse.T @ vectors[:, -count:]).flip(1)
 
-
+# %% ../nbs/03_expression.ipynb #cell-047
 def agreement(z: Tensor, label: Tensor) -> Tensor:  # (n d), (n,) -> (d,)
     "Share of a direction's variance that pictures of one value have in common: 0 = luck, 1 = all (intraclass correlation)."
     z = centre_blocks(z)
     rest = (z - value_means(z, label)).square().sum(0) * COPIES / (COPIES - 1)
     return (1 - rest / z.square().sum(0)).clamp(0, 1)
 
-# %% ../nbs/03_expression.ipynb #cell-048
+# %% ../nbs/03_expression.ipynb #cell-052
 def normal(like: Tensor, g: torch.Generator, *shape) -> Tensor:  # (n *shape) normal numbers on the device of `like`
     "One draw for each picture."
     return torch.randn(len(like), *shape, generator=g).to(like)
@@ -421,7 +421,7 @@ def lose_detail(x: Tensor, g: torch.Generator, a: float) -> Tensor:
         x[part] = F.interpolate(small, size=size, mode="bilinear", align_corners=False)
     return x
 
-
+# %% ../nbs/03_expression.ipynb #cell-054
 def relight(x: Tensor, g: torch.Generator, a: float) -> Tensor:
     "Another lamp (a slope of light), camera (gain of each colour, gamma) and sometimes grey film."
     u, slope = torch.linspace(-1, 1, x.shape[-1]).to(x), 0.25 * a * normal(x, g, 2, 1, 1)
@@ -443,7 +443,7 @@ def retexture(x: Tensor, g: torch.Generator, a: float) -> Tensor:
     z = (z - middle(z)) / (spread(z) + 1e-3) * spread(y) + middle(y)  # as bright and as lively as before
     return x.index_put((picked.to(x.device),), y + (z - y) * torch.rand(n, 1, 1, 1, generator=g).to(x))
 
-
+# %% ../nbs/03_expression.ipynb #cell-056
 def occlude(x: Tensor, g: torch.Generator, a: float) -> Tensor:
     "A box of one colour over up to a third of the crop's side, on three pictures of ten."
     n, p = len(x), (torch.arange(x.shape[-1]) + 0.5) / x.shape[-1]
@@ -466,7 +466,7 @@ def augment(
     noise = 0.06 * strength * torch.rand(len(x), 1, 1, 1, generator=g).to(x) * normal(x, g, *x.shape[1:])
     return (x + noise).clamp(-1, 1)
 
-# %% ../nbs/03_expression.ipynb #cell-051
+# %% ../nbs/03_expression.ipynb #cell-059
 WORTH = {"head": 1, "eyes": 1, "emotion": 1, "mouth": 2}  # what a group's error counts: mouths are the hardest
 DIRECTIONS = {"head": 3, "eyes": 3, "emotion": 14, "mouth": 3}  # lessons of each deck; features are chosen among them afterwards
 AGREED = 0.2  # a direction becomes a feature if pictures that share a value agree on it at least so far
@@ -496,7 +496,7 @@ def hidden_of_pictures(encoder: ExpressionEncoder, pictures: Tensor) -> dict[str
     encoder.train(training)
     return {name: torch.cat([part[name] for part in parts]) for name in GROUPS}
 
-
+# %% ../nbs/03_expression.ipynb #cell-061
 def partners_targets(
     z: Tensor,  # (n d) what the directions are laid through
     bank: Bank,
@@ -516,7 +516,7 @@ def partners_targets(
         targets[name] = tuple(torch.cat(x, -1) for x in zip(*parts))
     return targets
 
-
+# %% ../nbs/03_expression.ipynb #cell-063
 def pixel_codes(pictures: Tensor, count: int = 400) -> Tensor:  # (n 3 s s) uint8 -> (n count)
     "Grey pictures of equal brightness and contrast, by principal components: what the first round has."
     grey = as_crops(pictures).mean(1)
@@ -524,7 +524,7 @@ def pixel_codes(pictures: Tensor, count: int = 400) -> Tensor:  # (n 3 s s) uint
     mean = grey.mean(0)
     return (grey - mean) @ torch.pca_lowrank(grey[:6000] - mean, min(count, len(grey), grey.shape[1]), center=False)[2]
 
-# %% ../nbs/03_expression.ipynb #cell-052
+# %% ../nbs/03_expression.ipynb #cell-064
 def lay_lines(
     projections: nn.ModuleDict,
     hidden: dict[str, Tensor],  # {group: (n hidden)}
@@ -536,7 +536,7 @@ def lay_lines(
         solution = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]).to(x), x.T @ targets[name][0].double())
         layer.weight.data.copy_(solution[:-1].T), layer.bias.data.copy_(solution[-1])
 
-# %% ../nbs/03_expression.ipynb #cell-056
+# %% ../nbs/03_expression.ipynb #cell-068
 def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> None:
     "Each group's features: its directions in its own hidden features, weighted by agreement and turned at random so that no feature stands alone."
     hidden, g = hidden_of_pictures(encoder, bank.pictures.flatten(0, 1)), torch.Generator().manual_seed(seed)
@@ -552,7 +552,7 @@ def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> No
         matrix = turn @ torch.stack([way for _, _, way in found])
         layer.weight.data.copy_(matrix), layer.bias.data.copy_(-matrix @ mean)
 
-# %% ../nbs/03_expression.ipynb #cell-058
+# %% ../nbs/03_expression.ipynb #cell-070
 @torch.no_grad()
 def wake_units(encoder: ExpressionEncoder, pictures: Tensor, g: torch.Generator) -> int:  # (n 3 s s) uint8 -> how many slept
     "Hidden units of the heads that are positive on no picture get a random direction that is positive on half of them."
@@ -572,7 +572,7 @@ def wake_units(encoder: ExpressionEncoder, pictures: Tensor, g: torch.Generator)
             values[asleep] = start  # 0.40, 0.34: mean and variance of a normal number behind a ReLU
     return count
 
-# %% ../nbs/03_expression.ipynb #cell-061
+# %% ../nbs/03_expression.ipynb #cell-073
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:  # (n m) -> (n m)
     "The same singular vectors, all singular values about 1 (0.7 to 1.2), by matrix products only (Newton-Schulz iteration: Jordan et al. 2024)."
     tall = matrix.shape[0] > matrix.shape[1]
@@ -601,7 +601,7 @@ class Muon(torch.optim.Optimizer):
                 step = orthogonal(weight.grad.lerp(mean, group["momentum"]).flatten(1))  # a look ahead (Nesterov)
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view_as(weight), alpha=0.2 * group["lr"] * max(step.shape) ** 0.5)
 
-# %% ../nbs/03_expression.ipynb #cell-066
+# %% ../nbs/03_expression.ipynb #cell-078
 class Course:
     "An encoder's training so far."
 
@@ -640,7 +640,7 @@ class Course:
         "Half the bits (bfloat16) where `settings` ask for it."
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["bf16"])
 
-# %% ../nbs/03_expression.ipynb #cell-068
+# %% ../nbs/03_expression.ipynb #cell-080
 def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     "Some pictures, disturbed; predict what their partners say; one step."
     s, done = course.settings, course.step / course.settings["steps"]
@@ -663,7 +663,7 @@ def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     course.step += 1
     return {name: loss.item() for name, loss in losses.items()}
 
-# %% ../nbs/03_expression.ipynb #cell-070
+# %% ../nbs/03_expression.ipynb #cell-082
 @torch.no_grad()
 def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there were
     "Units whose variance was 0 throughout training keep their constant and pass nothing on, whatever a later face may send."
@@ -672,7 +672,7 @@ def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there wer
         norm.weight[norm.running_var < norm.eps] = 0.0
     return sum(int((norm.weight == 0).sum()) for norm in norms)
 
-# %% ../nbs/03_expression.ipynb #cell-073
+# %% ../nbs/03_expression.ipynb #cell-085
 @torch.no_grad()
 def turn_down(encoder: ExpressionEncoder) -> None:
     "The same function with hidden units of variance 1 and a face vector to match: a ReLU passes any factor on, and the norm behind it takes it out again."
@@ -687,7 +687,7 @@ def turn_down(encoder: ExpressionEncoder) -> None:
     for first in firsts:
         first.weight.mul_(louder)
 
-# %% ../nbs/03_expression.ipynb #cell-074
+# %% ../nbs/03_expression.ipynb #cell-086
 PARTS_OF_A_COURSE = ("encoder", "projections", "muon", "adamw")
 OF_THE_ROUND = ("step", "blocks", "targets")
 
@@ -712,7 +712,7 @@ def load_course(course: Course, path) -> None:
         setattr(course, name, state[name].cpu() if name == "blocks" else state[name])
     course.g.set_state(state["dice"].cpu())
 
-# %% ../nbs/03_expression.ipynb #cell-075
+# %% ../nbs/03_expression.ipynb #cell-087
 def take_lessons(course, teach, name: str, progress: bool, log, checkpoint, max_minutes: float) -> None:
     "Call `teach()`, which makes a step and gives the losses, until the course is over or time is up; a checkpoint every 100 steps and at the end."
     steps, began = course.settings["steps"], time.monotonic()
@@ -725,7 +725,7 @@ def take_lessons(course, teach, name: str, progress: bool, log, checkpoint, max_
         if late:
             break
 
-
+# %% ../nbs/03_expression.ipynb #cell-089
 def train_encoder(
     config: ExpressionConfig,
     steps: int = 1800,
@@ -765,7 +765,7 @@ def train_encoder(
     set_last_layers(course.encoder, bank[:pool], seed)
     return calibrate(course.encoder, bank.pictures[:16].flatten(0, 1))
 
-# %% ../nbs/03_expression.ipynb #cell-077
+# %% ../nbs/03_expression.ipynb #cell-091
 @torch.no_grad()
 def calibrate(
     encoder: ExpressionEncoder,
@@ -785,7 +785,7 @@ def calibrate(
         last.bias.sub_(mean).div_(scale).add_(1)
     return encoder
 
-# %% ../nbs/03_expression.ipynb #cell-083
+# %% ../nbs/03_expression.ipynb #cell-097
 STEPS = {"tiny": 1800, "mini": 1800}  # 14 minutes and half an hour of two cores, pictures included (28 November 2026)
 AGREE_STEPS = {"tiny": 900, "mini": 600}  # of a second course, below
 
@@ -811,7 +811,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="folder for the weights (default: RUN/weights)")
     return parser
 
-
+# %% ../nbs/03_expression.ipynb #cell-099
 def main(arguments=None) -> int:
     "`fantasy-train-encoder`: draw pictures, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -865,7 +865,7 @@ def run_course(args: argparse.Namespace) -> int:
     print(f"weights in {args.out or run / 'weights'}" + (f" after {last} of {steps} steps; --resume goes on" if 0 < last < steps else ""))
     return 0
 
-# %% ../nbs/03_expression.ipynb #cell-085
+# %% ../nbs/03_expression.ipynb #cell-101
 def fit_ruler(
     features: Tensor,  # (n d)
     factors: Tensor,  # (n k) true values
@@ -887,7 +887,7 @@ def probe(
     seen, true = fit_ruler(features[:train], factors[:train])(features[train:]), factors[train:]
     return 1 - (seen - true).square().sum(0) / (true - true.mean(0)).square().sum(0)
 
-# %% ../nbs/03_expression.ipynb #cell-101
+# %% ../nbs/03_expression.ipynb #cell-117
 def shared_moment(seed: int, g: torch.Generator) -> Expression:  # one moment
     "What a group does: any expression, or (even seeds) a moment of a performance with any share of its turns and livelier mouths and lids; every seventh turned anew, up to 45 degrees."
     if seed % 2:
@@ -910,7 +910,7 @@ def render_group(seed: int, size: int, closer: float = 1.0, device=None, people:
     shift, zoom = closer * 0.004 * torch.randn(people, 2, generator=g), 0.985 * (1 + 0.018 * torch.randn(people, generator=g))
     return as_bytes(render_crops(Identity.sample(people, seed).to(device), moment.repeat(people).to(device), size, shift, zoom, closer)).cpu()
 
-
+# %% ../nbs/03_expression.ipynb #cell-119
 def draw_groups(path: Path, first: int, count: int, size: int, device, closer: float) -> None:
     "One file of `stored_groups`."
     with atomic(path) as part:
@@ -928,7 +928,7 @@ def stored_groups(folder: Path, groups: int, size: int, seed: int = 60_000_000, 
             bar.update()
     return torch.cat([load_file(file[0])["pictures"] for file in files])
 
-# %% ../nbs/03_expression.ipynb #cell-104
+# %% ../nbs/03_expression.ipynb #cell-122
 class Agreement:
     "A second course so far; `save_course` and `load_course` know its parts."
 
@@ -960,7 +960,7 @@ class Agreement:
         off = said - self.targets["others"][which]
         return {name: off[:, ix].square().mean() / self.targets["alone"][name] for name, ix in self.targets["parts"].items()}
 
-
+# %% ../nbs/03_expression.ipynb #cell-124
 def one_agreement(course: Agreement) -> dict:  # {group: loss}
     "Some faces, disturbed; say what the others of their groups said; one step."
     s, faces = course.settings, course.pictures.flatten(0, 1)
@@ -978,7 +978,7 @@ def one_agreement(course: Agreement) -> dict:  # {group: loss}
     course.step += 1
     return {name: loss.item() for name, loss in losses.items()}
 
-
+# %% ../nbs/03_expression.ipynb #cell-126
 def agree(
     init: ExpressionEncoder,
     pictures: Tensor,  # (groups people 3 s s) uint8: in a group all do the same

@@ -68,7 +68,7 @@ def factor_slider(name: str) -> widgets.FloatSlider:
     low, high = RANGES[name]
     return widgets.FloatSlider(0, min=low, max=high, step=0.5 if high > 2 else 0.01, description=name.replace("_", " "), readout_format=".2f", layout=widgets.Layout(width="280px"))
 
-
+# %% ../nbs/14_playground.ipynb #cell-014
 class ExpressionMixer(widgets.VBox):
     "Sliders for every factor of each person; their picture; a recorder."
 
@@ -169,7 +169,7 @@ class ExpressionMixer(widgets.VBox):
             return
         self.screen.children = [film_widget(mp4_bytes(frames), self.size[0])]
 
-# %% ../nbs/14_playground.ipynb #cell-021
+# %% ../nbs/14_playground.ipynb #cell-023
 COLOURS = ("#9a9a9a", "#e63232", "#3264f0", "#1ab04a", "#e0a010", "#9a30c8")  # background, then the people
 
 
@@ -260,7 +260,7 @@ class BoxCanvas(anywidget.AnyWidget):
     boxes = traitlets.List().tag(sync=True)  # [[x0, y0, x1, y1] in the picture's pixels]
     colours = traitlets.List(list(COLOURS)).tag(sync=True)
 
-# %% ../nbs/14_playground.ipynb #cell-023
+# %% ../nbs/14_playground.ipynb #cell-025
 def colour_of(owners: Tensor) -> np.ndarray:  # (...) integers -> (... 3) uint8
     "Owners as the colours of their boxes."
     table = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in COLOURS], np.uint8)
@@ -332,7 +332,7 @@ class RegionPainter(widgets.VBox):
         self.heard.value = jpeg_bytes(paint_mask(self.mask, self.owners, people, size[0]))
         self.said.value = notice("; ".join(f"face {k}: {int((self.owners == k).sum())} tokens" for k in range(1, people + 1)) + f"; background: {int((self.owners == 0).sum())}")
 
-# %% ../nbs/14_playground.ipynb #cell-028
+# %% ../nbs/14_playground.ipynb #cell-030
 def word_names(config: TokenConfig) -> list[str]:
     "Group of each of a frame's tokens: four linear ones, then the learnable."
     counts = dict(config.queries)
@@ -377,7 +377,7 @@ def listen_in(pipeline: PortraitPipeline, portrait, driver, frame: int = 0, step
     weights = torch.stack([w[0] for w in kept]).unflatten(0, (-1, blocks))  # frames of a window agree: the first
     return weights, np.pad(made.frames[0], [(0, a - b) for a, b in zip(working.shape[:2], made.frames[0].shape[:2])] + [(0, 0)], mode="edge"), (working.shape[0] // token, working.shape[1] // token)
 
-# %% ../nbs/14_playground.ipynb #cell-034
+# %% ../nbs/14_playground.ipynb #cell-036
 class AttentionViewer(widgets.VBox):
     "Which group of expression words each patch listens to, block by block and step by step."
 
@@ -415,7 +415,7 @@ class AttentionViewer(widgets.VBox):
         face = share[share > 0]
         self.said.value = notice(f"mean share inside the face: {face.mean() if len(face) else 0:.2f}")
 
-# %% ../nbs/14_playground.ipynb #cell-037
+# %% ../nbs/14_playground.ipynb #cell-039
 class Cancelled(Exception):
     "The button was pressed."
 
@@ -441,7 +441,7 @@ class Download(anywidget.AnyWidget):
     """
     name, data = traitlets.Unicode("film.mp4").tag(sync=True), traitlets.Bytes().tag(sync=True)
 
-
+# %% ../nbs/14_playground.ipynb #cell-041
 def keep_uploads(upload: widgets.FileUpload, folder: Path) -> list[Path]:
     "Uploaded files -> files of the same names. ipywidgets 8 hands out a tuple of files, 7 (Colab's) a dict by name."
     paths = []
@@ -451,7 +451,7 @@ def keep_uploads(upload: widgets.FileUpload, folder: Path) -> list[Path]:
         paths[-1].write_bytes(bytes(item["content"]))
     return paths
 
-
+# %% ../nbs/14_playground.ipynb #cell-043
 class PersonRow(widgets.HBox):
     "Who drives a person, and how strongly."
 
@@ -461,7 +461,7 @@ class PersonRow(widgets.HBox):
         self.mouth, self.emotion, self.overall = dial("mouth"), dial("emotion"), dial("overall")
         super().__init__([self.driver, self.mouth, self.emotion, self.overall])
 
-
+# %% ../nbs/14_playground.ipynb #cell-045
 class AnimatePanel(widgets.VBox):
     "Choose or upload a portrait and drivers, say who moves whom, and get a film."
 

@@ -378,7 +378,7 @@ def empty_of(kind: type, config) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         return kind(config)
 
-
+# %% ../nbs/13_pretrained.ipynb #cell-038
 def load_text_encoder(files: WanFiles, device="cpu", dtype: torch.dtype | None = torch.bfloat16, show: bool = False):
     "umT5's encoder (transformers) from either layout. Raises FileNotFoundError, ValueError; ImportError without transformers."
     from transformers import UMT5Config, UMT5EncoderModel
@@ -399,7 +399,7 @@ def load_text_encoder(files: WanFiles, device="cpu", dtype: torch.dtype | None =
     model.encoder.embed_tokens.weight = model.shared.weight  # one table, two names
     return model.to(device)
 
-
+# %% ../nbs/13_pretrained.ipynb #cell-040
 def load_image_encoder(files: WanFiles, device="cpu", dtype: torch.dtype | None = None):
     "CLIP's image encoder (transformers) from either layout. Raises FileNotFoundError, ValueError; ImportError without transformers."
     from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -417,7 +417,7 @@ def load_image_encoder(files: WanFiles, device="cpu", dtype: torch.dtype | None 
     before = "vision_model." if any(name.startswith("vision_model.") for name in model.state_dict()) else ""  # transformers 4 has it, 5 has not
     return load_into(model, {before + name: place for name, place in where.items()}, device, dtype, kept="$^").to(device)
 
-# %% ../nbs/13_pretrained.ipynb #cell-038
+# %% ../nbs/13_pretrained.ipynb #cell-042
 class Wan(NamedTuple):
     "What a folder of Wan2.1-I2V holds."
 
@@ -446,7 +446,7 @@ def load_wan(
         AutoTokenizer.from_pretrained(files.tokenizer, local_files_only=True),
     )
 
-# %% ../nbs/13_pretrained.ipynb #cell-040
+# %% ../nbs/13_pretrained.ipynb #cell-044
 ADAPTER = ("proj_model", "mouth_proj_model", "emo_proj_model", "ip_adapter")
 
 
@@ -493,7 +493,7 @@ def load_release_adapter(path: str | Path, device="cpu", dtype: torch.dtype | No
     memories = {name.removeprefix("ip_adapter."): file.read(stored, device, dtype) for name, (_, stored) in where.items() if name.startswith("ip_adapter.")}
     return Adapter(tokens, memories, Path(path))
 
-# %% ../nbs/13_pretrained.ipynb #cell-042
+# %% ../nbs/13_pretrained.ipynb #cell-046
 def encoder_config(shapes: Mapping[str, tuple]) -> ExpressionConfig:
     "Dimensions of a released expression encoder, from the shapes of its parameters."
     hidden, flat = shapes["model.fc.weight"]
@@ -516,7 +516,7 @@ def load_release_encoder(path: str | Path, device="cpu", ignore: str = "$^") -> 
     ours = dict(zip(encoder.release_state_dict(), encoder.state_dict()))
     return load_into(encoder, {ours.get(name, name): place for name, place in where.items()}, device, kept="$^").to(device)
 
-# %% ../nbs/13_pretrained.ipynb #cell-046
+# %% ../nbs/13_pretrained.ipynb #cell-050
 def save_pickle(tensors: Mapping, path: Path) -> None:
     "A dictionary of tensors, as .pth files hold it."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -546,7 +546,7 @@ def inverted(names: tuple, stored: str) -> str:
             return plain.format(*match.groups()) + stored[match.end() :]
     return stored
 
-# %% ../nbs/13_pretrained.ipynb #cell-047
+# %% ../nbs/13_pretrained.ipynb #cell-051
 def toy_networks(seed: int = 0, layers: int = 2) -> dict[str, nn.Module]:
     "Wan's four networks and the release's two, a few thousandths of their size, with random numbers. Imports transformers."
     from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
@@ -578,7 +578,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
 
-# %% ../nbs/13_pretrained.ipynb #cell-048
+# %% ../nbs/13_pretrained.ipynb #cell-052
 def write_original(folder: Path, networks: dict) -> None:
     "Wan's own layout."
     dit, c = networks["dit"], networks["dit"].config
@@ -598,7 +598,7 @@ def write_original(folder: Path, networks: dict) -> None:
     save_pickle(image | {"visual.head": torch.zeros(4, 4), "textual.token_embedding.weight": torch.zeros(4, 4), "log_scale": torch.zeros(())}, folder / ORIGINAL["image"])
     write_tokenizer(folder / "google" / "umt5-xxl")
 
-
+# %% ../nbs/13_pretrained.ipynb #cell-054
 def write_diffusers(folder: Path, networks: dict) -> None:
     "diffusers' layout."
     from safetensors.torch import save_file
@@ -618,7 +618,7 @@ def write_diffusers(folder: Path, networks: dict) -> None:
     write_tokenizer(folder / "tokenizer")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanImageToVideoPipeline"}))
 
-
+# %% ../nbs/13_pretrained.ipynb #cell-056
 def write_toy_wan(folder: str | Path, layout: str = "original", seed: int = 0, layers: int = 2) -> Path:  # or layout="diffusers"
     "Write Wan2.1-I2V, the release's adapter (fantasyportrait_model.ckpt) and encoder (pd_fpg.pth), small and random, as they lie on disks. Raises ValueError for another layout."
     if layout not in ("original", "diffusers"):
@@ -634,7 +634,7 @@ def write_toy_wan(folder: str | Path, layout: str = "original", seed: int = 0, l
     save_pickle(networks["encoder"].release_state_dict(), folder / "pd_fpg.pth")
     return folder
 
-# %% ../nbs/13_pretrained.ipynb #cell-054
+# %% ../nbs/13_pretrained.ipynb #cell-062
 @torch.no_grad()
 def read_prompt(text_encoder: nn.Module, tokenizer: Callable, prompt: str = "", most: int = 512) -> Tensor:  # (1 n d), n <= most
     "umT5's tokens of a prompt; HTML entities and runs of blanks are cleaned as Wan does."
@@ -642,7 +642,7 @@ def read_prompt(text_encoder: nn.Module, tokenizer: Callable, prompt: str = "", 
     ids = tokenizer(clean, return_tensors="pt", truncation=True, max_length=most).input_ids.to(next(text_encoder.parameters()).device)
     return text_encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
-# %% ../nbs/13_pretrained.ipynb #cell-057
+# %% ../nbs/13_pretrained.ipynb #cell-065
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -655,7 +655,7 @@ def see_picture(image_encoder: nn.Module, picture: np.ndarray) -> Tensor:  # uin
     mean, std = (torch.tensor(z, device=x.device).view(3, 1, 1) for z in (CLIP_MEAN, CLIP_STD))
     return image_encoder(((x - mean) / std).to(like.dtype), output_hidden_states=True).hidden_states[-2]
 
-# %% ../nbs/13_pretrained.ipynb #cell-059
+# %% ../nbs/13_pretrained.ipynb #cell-067
 @torch.no_grad()
 def grey_film(vae: VideoVAE, picture: np.ndarray, frames: int) -> Tensor:  # uint8 (h w 3), latent frames t -> (1 4+c t h/8 w/8)
     "Wan's image condition: four mask channels (1 where a frame is given), and the latents of the picture followed by grey, encoded piece by piece."
@@ -667,7 +667,7 @@ def grey_film(vae: VideoVAE, picture: np.ndarray, frames: int) -> Tensor:  # uin
     mask[:, :, 0] = 1
     return torch.cat([mask, latents], 1)
 
-# %% ../nbs/13_pretrained.ipynb #cell-062
+# %% ../nbs/13_pretrained.ipynb #cell-070
 REGIONS = ("trained", "isolated", "release")
 
 
@@ -684,7 +684,7 @@ def people_mask(owners: Tensor, people: int, tokens: int, keep: Tensor, regions:
     background = (owners == 0)[..., None] & keep.repeat(1, people)[:, None]
     return (mask | background if regions == "trained" else mask)[None]
 
-# %% ../nbs/13_pretrained.ipynb #cell-065
+# %% ../nbs/13_pretrained.ipynb #cell-073
 class WanAnimator(nn.Module):
     "Wan's DiT with the release's expression memory: who hears what, and the velocity of a film of any length."
 
@@ -726,7 +726,7 @@ class WanAnimator(nn.Module):
 
         return velocity
 
-# %% ../nbs/13_pretrained.ipynb #cell-067
+# %% ../nbs/13_pretrained.ipynb #cell-075
 SIZES = {"480p": 480 * 832, "720p": 720 * 1280}
 
 
@@ -753,7 +753,7 @@ def face_owners(boxes: Tensor, cast: Cast, size: tuple[int, int], token: int) ->
         boxes[person - 1] = reach(boxes[person - 1], track.boxes)
     return pool_regions(face_regions(boxes.expand(5, -1, -1), size), len(boxes), token)
 
-
+# %% ../nbs/13_pretrained.ipynb #cell-077
 class WanPipeline(PortraitPipeline):
     "Portrait and drivers -> film, by Wan2.1-I2V and the release's adapter."
 
@@ -816,7 +816,7 @@ class WanPipeline(PortraitPipeline):
 
             return SOLVERS[how.solver](guided_velocity, noise, time_grid(how.steps, how.shift), count)
 
-# %% ../nbs/13_pretrained.ipynb #cell-068
+# %% ../nbs/13_pretrained.ipynb #cell-078
 def wan_pipeline(
     folder: str | Path,  # Wan2.1-I2V-14B-480P or -720P, in Wan's own layout or diffusers'
     adapter: str | Path,  # fantasyportrait_model.ckpt, or .safetensors
@@ -844,7 +844,7 @@ def wan_pipeline(
     pipeline = WanPipeline(wan.vae, listener, animator.to(first), wan.text_encoder, wan.image_encoder, wan.tokenizer, settings, prompt, reuse)
     return use_memory(pipeline, memory, device)
 
-# %% ../nbs/13_pretrained.ipynb #cell-074
+# %% ../nbs/13_pretrained.ipynb #cell-084
 MEMORY = {
     "gpu": "everything on the GPU, all the time",
     "parts": "one network on the GPU at a time, the others in ordinary memory",
@@ -875,7 +875,7 @@ def use_memory(pipeline: WanPipeline, mode: str, device="cpu") -> WanPipeline:
         pipeline.streamed = True
     return pipeline
 
-# %% ../nbs/13_pretrained.ipynb #cell-076
+# %% ../nbs/13_pretrained.ipynb #cell-086
 class Sizes(NamedTuple):
     "Bytes that a film takes."
 
@@ -914,7 +914,7 @@ def predicted_peak(sizes: Sizes, mode: str) -> float:
     held = {"gpu": sizes.dit + sum(sizes.others.values()), "parts": sizes.dit, "float8": sizes.dit / 2, "groups": 3 * sizes.layer, "sequential": 2 * sizes.layer}
     return (held[mode] + sizes.memories + sizes.activations) / 1e9
 
-# %% ../nbs/13_pretrained.ipynb #cell-077
+# %% ../nbs/13_pretrained.ipynb #cell-087
 def peak_of_forward(dit: DiT, grid: tuple[int, int, int], **heard) -> int:  # bytes
     "Allocations of one forward at their highest, beyond weights and inputs, counted by PyTorch's profiler on the CPU."
     from torch.profiler import ProfilerActivity, profile
@@ -929,7 +929,7 @@ def peak_of_forward(dit: DiT, grid: tuple[int, int, int], **heard) -> int:  # by
         peak = max(peak, now)
     return peak
 
-# %% ../nbs/13_pretrained.ipynb #cell-082
+# %% ../nbs/13_pretrained.ipynb #cell-092
 def dit_flops(config: DiTConfig, grid: tuple[int, int, int], text: int = 2, image: int = 257, expression: int = 0) -> dict[str, int]:  # expression: tokens that a latent frame's tokens hear
     "Floating-point operations of one forward with prepared memories: twice the multiplications in every matrix product."
     n, d, layers = math.prod(grid), config.width, config.layers
@@ -943,7 +943,7 @@ def dit_flops(config: DiTConfig, grid: tuple[int, int, int], text: int = 2, imag
         "in, out and time": 2 * n * d * patch * (config.in_channels + config.out_channels) + 2 * d * (config.frequencies + d + 6 * d),
     }
 
-# %% ../nbs/13_pretrained.ipynb #cell-086
+# %% ../nbs/13_pretrained.ipynb #cell-096
 @cache
 def introduce_blocks() -> None:
     "Tell diffusers' caches what our block's arguments mean. Imports diffusers."

@@ -772,7 +772,7 @@ def main(arguments=None) -> int:
         print(f"fantasy-train: {error}", file=sys.stderr)
         return 2
 
-
+# %% ../nbs/10_train.ipynb #cell-076
 def start_processes(count: int, arguments: list[str], entry=main) -> int:
     "Call `entry(arguments)` in several processes, as `torchrun --standalone --nproc-per-node COUNT` would; the worst exit code. Raises ValueError where one of them stopped."
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -788,7 +788,7 @@ def start_processes(count: int, arguments: list[str], entry=main) -> int:
         said = error.get_first_failure()[1].message
         raise ValueError(f"a process stopped: {said['message'] if isinstance(said, dict) else said}") from None
 
-# %% ../nbs/10_train.ipynb #cell-076
+# %% ../nbs/10_train.ipynb #cell-078
 def fingerprint(module: nn.Module) -> str:
     "Of a network's weights: sixteen hexadecimal digits."
     digest = hashlib.sha256()
@@ -812,7 +812,7 @@ def stamp_cache(folder: Path, made_of: dict, write: bool = True) -> None:
         with atomic(path) as part:
             part.write_text(json.dumps(made_of, indent=2))
 
-# %% ../nbs/10_train.ipynb #cell-077
+# %% ../nbs/10_train.ipynb #cell-079
 def as_heard(config: ClipConfig, encoder: ExpressionEncoder) -> ClipConfig:
     "Pictures whose drivers are cropped as the encoder wants them."
     return replace(config, crop=encoder.config.image_size, closer=encoder.config.closer)
@@ -841,7 +841,7 @@ def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoV
         raise ValueError(f"want a stage that learns from clips for --data, got --stage {args.stage}")
     return folders
 
-
+# %% ../nbs/10_train.ipynb #cell-081
 def load_animator(args: argparse.Namespace, stage: str, init: Path | None, device) -> Animator:
     "Random weights, or those in `init`; an adapter begins with a new expression memory. Raises ValueError where sizes differ."
     animator = getattr(Animator, args.config)()
@@ -856,7 +856,7 @@ def load_animator(args: argparse.Namespace, stage: str, init: Path | None, devic
     animator.dit.gradient_checkpointing = args.recompute
     return animator.to(device).train()
 
-
+# %% ../nbs/10_train.ipynb #cell-083
 def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None, out: Path) -> bool:  # was it trained to its last step?
     "One stage of `STAGES`: fill its cache, train, write the averaged weights into `out`."
     asked = {name: getattr(args, name) for name in ("steps", "batch", "lr", "loss", "learn_base", "bf16", "seed", "new_views")}
@@ -890,7 +890,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
     accelerator.wait_for_everyone()
     return ema.steps >= config.steps
 
-
+# %% ../nbs/10_train.ipynb #cell-085
 def run_training(args: argparse.Namespace) -> int:
     "What `fantasy-train` does once its arguments are read: one stage, or all of them, each from the weights of the one before."
     run = args.run or Path(f"runs/{args.config}")
