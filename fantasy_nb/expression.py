@@ -945,9 +945,10 @@ class Agreement:
         self.projections, self.blocks, self.targets, self.pictures = nn.ModuleDict(), torch.empty(0), None, pictures
 
     @torch.no_grad()
-    def ask(self, init: ExpressionEncoder) -> None:
+    def ask(self, init: ExpressionEncoder, progress: bool = False) -> None:
         "Once: what the encoder says of everybody; targets are what it says of the others, `alone` how far one face is from them."
-        said = torch.cat([init.to(self.device).eval()(as_crops(part.flatten(0, 1).to(self.device))).pack() for part in self.pictures.split(8)]).unflatten(0, self.pictures.shape[:2])
+        asked, init = tqdm(self.pictures.split(8), desc="asking eight groups", leave=False, disable=not progress), init.to(self.device).eval()
+        said = torch.cat([init(as_crops(part.flatten(0, 1).to(self.device))).pack() for part in asked]).unflatten(0, self.pictures.shape[:2])
         others = (said.sum(1, keepdim=True) - said) / (said.shape[1] - 1)
         live, first, parts, alone = said.flatten(0, 1).std(0) > 1e-4, 0, {}, {}
         for name, width in FEATURE_WIDTHS.items():
@@ -1003,7 +1004,7 @@ def agree(
     if checkpoint and Path(checkpoint).exists():
         load_course(course, checkpoint)
     else:
-        course.ask(copy.deepcopy(init))
+        course.ask(copy.deepcopy(init), progress)
     take_lessons(course, lambda: one_agreement(course), "agreement", progress, log, checkpoint, max_minutes)
     silence_dead_units(course.encoder.eval())
     turn_down(course.encoder)
