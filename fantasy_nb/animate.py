@@ -29,7 +29,19 @@ from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import OneLineParser, as_frames, at_least, data_samples, has_sound, open_video, read_image, read_video, tile_frames, write_image, write_video
+from fantasy_nb.core import (
+    OneLineParser,
+    as_frames,
+    at_least,
+    data_samples,
+    has_sound,
+    open_video,
+    read_image,
+    read_video,
+    tile_frames,
+    write_image,
+    write_video,
+)
 from .data import grown_boxes
 from .expression import ExpressionEncoder, Features
 from .flow import euler, guided, heun, multistep, time_grid, to_velocity
@@ -97,7 +109,9 @@ def fit_portrait(
     scale = config.face_height / (boxes[:, 3] - boxes[:, 1]).median().item()
     h, w = (max(16, round(n * scale)) for n in picture.shape[:2])
     if h * w > config.most_pixels:
-        raise ValueError(f"want faces that fill more of the portrait: at the size this model knows the picture would have {h}x{w} pixels, the limit is {config.most_pixels}; crop it around the faces")
+        raise ValueError(
+            f"want faces that fill more of the portrait: at the size this model knows the picture would have {h}x{w} pixels, the limit is {config.most_pixels}; crop it around the faces"
+        )
     pad = [(0, -n % 16) for n in (h, w)] + [(0, 0)]
     scaling = torch.tensor([w / picture.shape[1], h / picture.shape[0]] * 2)
     return np.pad(resize(picture, (h, w)), pad, mode="edge"), boxes * scaling, (h, w)
@@ -214,7 +228,9 @@ def find_people(picture: np.ndarray) -> list[FaceTrack]:
     return faces
 
 
-def find_drivers(drivers: list, people: int, frames: int | None, show: bool, watch: Callable = unwatched) -> tuple[list, list, float, list]:  # frames, tracks, fps, files
+def find_drivers(
+    drivers: list, people: int, frames: int | None, show: bool, watch: Callable = unwatched
+) -> tuple[list, list, float, list]:  # frames, tracks, fps, files
     "Read and track every driver; a single video may bring several people. Raises ValueError where there are too many or one has no face."
     if not 1 <= len(drivers) <= people:
         raise ValueError(f"want at least one driver and no more than the portrait has faces ({people}), got {len(drivers)}")
@@ -278,11 +294,15 @@ def frames_velocity(animator: Animator, config: PipelineConfig, portrait: Tensor
 
 # %% ../nbs/11_animate.ipynb #cell-028
 @torch.no_grad()
-def denoise(animator: Animator, config: PipelineConfig, portrait: Tensor, features: Tensor, owners: Tensor, seed: int, show: bool, watch: Callable = unwatched) -> Tensor:
+def denoise(
+    animator: Animator, config: PipelineConfig, portrait: Tensor, features: Tensor, owners: Tensor, seed: int, show: bool, watch: Callable = unwatched
+) -> Tensor:
     "Latents of a film, from one noise: (1 c 1+n h w) in windows, (1 c 4n h w) with every frame by itself. Arguments as `film_velocity`."
     velocity, n = film_velocity(animator, config, portrait, features, owners), (features.shape[1] - 1) // 4
     guided_velocity = guided(lambda x, t: velocity(x, t, 0.0), velocity, config.guidance, config.interval)
-    noise = torch.randn(1, portrait.shape[1], 1 + n if config.window else 1, *portrait.shape[-2:], generator=torch.Generator().manual_seed(seed)).to(portrait)
+    noise = torch.randn(1, portrait.shape[1], 1 + n if config.window else 1, *portrait.shape[-2:], generator=torch.Generator().manual_seed(seed)).to(
+        portrait
+    )
     noise = noise if config.window else noise.expand(-1, -1, 4 * n, -1, -1)
     with tqdm(total=config.steps, desc="denoising", unit="step", disable=not show) as bar:
 
@@ -398,7 +418,9 @@ def by_name(drivers, names: list[str] | None, assign: list[int] | None) -> tuple
         return drivers if isinstance(drivers, list) else [drivers], assign
     unknown = [name for name in drivers if name not in (names or [])]
     if unknown or assign is not None or len(set(names)) < len(names):
-        raise ValueError(f"want drivers by name to go with different names, from left to right, and no assign; got drivers for {list(drivers)}, names={names}, assign={assign}")
+        raise ValueError(
+            f"want drivers by name to go with different names, from left to right, and no assign; got drivers for {list(drivers)}, names={names}, assign={assign}"
+        )
     return list(drivers.values()), [names.index(name) + 1 for name in drivers]
 
 
@@ -421,7 +443,9 @@ def check_assignment(assign: list[int] | None, drivers: int, people: int) -> lis
     assign = list(range(1, drivers + 1)) if assign is None else list(assign)
     if len(assign) != drivers or len(set(assign)) != drivers or not all(1 <= k <= people for k in assign):
         numbers = "1, the only one in the portrait" if people == 1 else f"1 (leftmost) to {people}"
-        raise ValueError(f"want a different person for every driver, numbered {numbers}; got assign={assign} for {drivers} driver{'s' * (drivers > 1)}")
+        raise ValueError(
+            f"want a different person for every driver, numbered {numbers}; got assign={assign} for {drivers} driver{'s' * (drivers > 1)}"
+        )
     return assign
 
 # %% ../nbs/11_animate.ipynb #cell-038
@@ -439,7 +463,9 @@ class Cast:
     dials: list[dict]  # for each person mouth, emotion, overall
 
 
-def find_cast(portrait, drivers, frames: int | None, assign: list[int] | None, names: list[str] | None, strengths: dict, show: bool, watch: Callable = unwatched) -> Cast:
+def find_cast(
+    portrait, drivers, frames: int | None, assign: list[int] | None, names: list[str] | None, strengths: dict, show: bool, watch: Callable = unwatched
+) -> Cast:
     "Read and track everything. Raises ValueError for what does not fit together."
     if frames is not None and frames < 1:
         raise ValueError(f"want at least one frame, got frames={frames}")
@@ -450,7 +476,9 @@ def find_cast(portrait, drivers, frames: int | None, assign: list[int] | None, n
     strengths = {what: each_person(value, len(people), names, what) for what, value in strengths.items()}
     films, tracks, fps, files = find_drivers(drivers, len(people), frames, show, watch)
     assign = check_assignment(assign, len(tracks), len(people))
-    return Cast(picture, people, films, tracks, fps, files, assign, [{what: values[k] for what, values in strengths.items()} for k in range(len(people))])
+    return Cast(
+        picture, people, films, tracks, fps, files, assign, [{what: values[k] for what, values in strengths.items()} for k in range(len(people))]
+    )
 
 # %% ../nbs/11_animate.ipynb #cell-040
 class PortraitPipeline(StoredPipeline):
@@ -492,7 +520,10 @@ class PortraitPipeline(StoredPipeline):
             latents = vae.encode(torch.from_numpy(working).permute(2, 0, 1)[None, :, None].to(self.device) / 127.5 - 1)
         rounds = tqdm(range(how.draws), desc="draws", unit="draw", disable=not show or how.draws == 1)
         with self.at_work(self.animator) as animator:
-            latents = sum(denoise(animator, how, latents, features, owners, seed + 7919 * k, show and how.draws == 1, self.watch) for k in rounds) / how.draws
+            latents = (
+                sum(denoise(animator, how, latents, features, owners, seed + 7919 * k, show and how.draws == 1, self.watch) for k in rounds)
+                / how.draws
+            )
         with self.at_work(self.vae) as vae:
             return decode_film(vae, latents, how.window, self.watch)[: len(cast.films[0]), :h, :w]
 
@@ -538,24 +569,56 @@ def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
     parser.add_argument("portrait", help="picture with one or more faces")
-    parser.add_argument("--drive", action="append", required=True, metavar="VIDEO", help="driving video; once per person, left to right (one video with several people works, too)")
+    parser.add_argument(
+        "--drive",
+        action="append",
+        required=True,
+        metavar="VIDEO",
+        help="driving video; once per person, left to right (one video with several people works, too)",
+    )
     parser.add_argument("-o", "--out", required=True, metavar="OUT.mp4", help="file to write (H.264)")
     parser.add_argument("--assign", type=int, nargs="+", metavar="N", help="person (1 = leftmost) that each driver moves, e.g. --assign 2 1")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="the people in the portrait, from left to right; then --drive NAME=VIDEO moves who is meant")
-    parser.add_argument("--weights", default="tiny", help="tiny, mini (larger faces, better lids and eyes, softer), or a folder of weights (default: tiny)")
-    parser.add_argument("--adapter", metavar="FILE", help="FantasyPortrait's fantasyportrait_model.ckpt: --weights is then a folder with Wan2.1-I2V-14B (chapter 13)")
+    parser.add_argument(
+        "--names", nargs="+", metavar="NAME", help="the people in the portrait, from left to right; then --drive NAME=VIDEO moves who is meant"
+    )
+    parser.add_argument(
+        "--weights", default="tiny", help="tiny, mini (larger faces, better lids and eyes, softer), or a folder of weights (default: tiny)"
+    )
+    parser.add_argument(
+        "--adapter", metavar="FILE", help="FantasyPortrait's fantasyportrait_model.ckpt: --weights is then a folder with Wan2.1-I2V-14B (chapter 13)"
+    )
     parser.add_argument("--encoder", metavar="FILE", help="with --adapter: the release's pd_fpg.pth (default: beside the adapter)")
     parser.add_argument("--size", choices=["480p", "720p"], default="480p", help="with --adapter: pixels of the film (default: 480p)")
-    parser.add_argument("--memory", choices=["gpu", "parts", "float8", "groups", "sequential"], default="gpu", help="with --adapter: how to hold the weights, from quick to frugal (default: gpu)")
+    parser.add_argument(
+        "--memory",
+        choices=["gpu", "parts", "float8", "groups", "sequential"],
+        default="gpu",
+        help="with --adapter: how to hold the weights, from quick to frugal (default: gpu)",
+    )
     parser.add_argument("--frames", type=int, help="length of the film (default: the shortest driver's)")
     parser.add_argument("--steps", type=int, help="solver steps (default: what the weights recommend)")
     parser.add_argument("--guidance", type=float, help="expression guidance, 1 = none (default: what the weights recommend)")
     parser.add_argument("--solver", choices=list(SOLVERS), help="how to walk from noise to film (default: what the weights recommend)")
-    parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only at these times, 0 to 1; fewer passes (default: what the weights recommend)")
+    parser.add_argument(
+        "--interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only at these times, 0 to 1; fewer passes (default: what the weights recommend)",
+    )
     parser.add_argument("--draws", type=int, help="films from different noises, averaged (default: what the weights recommend)")
-    parser.add_argument("--window", type=int, help="latent frames that are drawn together; 0 = every frame by itself (default: what the weights recommend)")
+    parser.add_argument(
+        "--window", type=int, help="latent frames that are drawn together; 0 = every frame by itself (default: what the weights recommend)"
+    )
     for dial, what in (("mouth", "the drivers' mouths"), ("emotion", "their emotions"), ("overall", "all they do, heads too")):
-        parser.add_argument(f"--{dial}", type=float, nargs="+", default=[1.0], metavar="STRENGTH", help=f"how strong {what}: 0 = at rest, 1 = as performed (default), above 1 = exaggerated; one for all, or one for each person from left to right")
+        parser.add_argument(
+            f"--{dial}",
+            type=float,
+            nargs="+",
+            default=[1.0],
+            metavar="STRENGTH",
+            help=f"how strong {what}: 0 = at rest, 1 = as performed (default), above 1 = exaggerated; one for all, or one for each person from left to right",
+        )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--height", type=at_least(0), default=256, help="height of the written film in pixels; 0 = as generated (default: 256)")
     parser.add_argument("--sound", type=int, metavar="N", help="keep the sound of driver N (from 1)")
@@ -649,7 +712,9 @@ def run_animation(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.adapter:
-        pipeline = PortraitPipeline.from_wan(args.weights, args.adapter, args.encoder, device=args.device, size=args.size, memory=args.memory, show=not args.quiet)
+        pipeline = PortraitPipeline.from_wan(
+            args.weights, args.adapter, args.encoder, device=args.device, size=args.size, memory=args.memory, show=not args.quiet
+        )
     else:
         pipeline = PortraitPipeline.from_pretrained(args.weights)
         pipeline.enable_model_cpu_offload(device=args.device) if args.offload else pipeline.to(args.device)

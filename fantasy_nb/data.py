@@ -187,7 +187,9 @@ class CurationConfig:
 
     def __post_init__(self):
         if not 1 <= self.min_frames <= self.max_frames or self.max_people < 1:
-            raise ValueError(f"want 1 <= min_frames <= max_frames and max_people of at least 1, got {self.min_frames}, {self.max_frames}, {self.max_people}")
+            raise ValueError(
+                f"want 1 <= min_frames <= max_frames and max_people of at least 1, got {self.min_frames}, {self.max_frames}, {self.max_people}"
+            )
 
 # %% ../nbs/09_data.ipynb #cell-032
 def find_shots(
@@ -374,7 +376,12 @@ def run_jobs(jobs: list[dict], processes: int, ray: bool, show: bool) -> None:
         import ray.data
 
         with quiet_logs("ray"):
-            r.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False, **({} if os.environ.get("RAY_ADDRESS") else {"num_cpus": processes}))
+            r.init(
+                ignore_reinit_error=True,
+                log_to_driver=False,
+                include_dashboard=False,
+                **({} if os.environ.get("RAY_ADDRESS") else {"num_cpus": processes}),
+            )
             r.data.DataContext.get_current().enable_progress_bars = show
             r.data.from_items(jobs, override_num_blocks=len(jobs)).map(curate_job).materialize()
         return
@@ -403,14 +410,29 @@ def curate(
     rows = [row for name in found for row in json.loads((out / "rows" / f"{name}.json").read_text())["rows"]]
     rows.sort(key=lambda row: (row["source"], row["first"]))
     face = pyarrow.struct([(name, pyarrow.float64()) for name in ("presence", "face_height", "sharpness", "turning", "motion")])
-    kinds = dict(source="string", first="int64", frames="int64", fps="float64", width="int64", height="int64", kept="bool_", reason="string", kind="string", people="int64", clip="string", caption="string")
+    kinds = dict(
+        source="string",
+        first="int64",
+        frames="int64",
+        fps="float64",
+        width="int64",
+        height="int64",
+        kept="bool_",
+        reason="string",
+        kind="string",
+        people="int64",
+        clip="string",
+        caption="string",
+    )
     schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in kinds.items()] + [("faces", pyarrow.list_(face))])
     with atomic(out / "manifest.parquet") as part:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), part)
     return rows
 
 # %% ../nbs/09_data.ipynb #cell-052
-MESH_EDGES = torch.tensor([-0.035, -0.058, 0.040, 0.033])  # measured on 24 people: drawn faces' true boxes end so far outside the tracker's mesh, as shares of its size
+MESH_EDGES = torch.tensor(
+    [-0.035, -0.058, 0.040, 0.033]
+)  # measured on 24 people: drawn faces' true boxes end so far outside the tracker's mesh, as shares of its size
 
 
 def grown_boxes(boxes: Tensor) -> Tensor:  # (... 4) xyxy
@@ -447,7 +469,9 @@ def cut_view(
     if scale < 1:  # average what falls together, then sample
         sigma = 0.5 * (1 / scale**2 - 1) ** 0.5
         frames = [cv2.GaussianBlur(frame, (0, 0), sigma) if sigma > 0.2 else frame for frame in frames]
-    views = [cv2.warpAffine(frame, matrix, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE) for frame in frames]
+    views = [
+        cv2.warpAffine(frame, matrix, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE) for frame in frames
+    ]
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
 
 # %% ../nbs/09_data.ipynb #cell-057
@@ -463,7 +487,9 @@ class ClipFolder(torch.utils.data.Dataset):
         rows = pyarrow.parquet.read_table(self.folder / "manifest.parquet").to_pylist()
         self.rows = [row for row in rows if row["kept"] and row["frames"] >= config.frames]
         if not self.rows:
-            raise ValueError(f"want at least one kept clip of {config.frames} frames in {folder}, got {sum(row['kept'] for row in rows)} kept of {len(rows)}, all shorter")
+            raise ValueError(
+                f"want at least one kept clip of {config.frames} frames in {folder}, got {sum(row['kept'] for row in rows)} kept of {len(rows)}, all shorter"
+            )
 
     def __len__(self):
         return len(self.rows)
@@ -472,7 +498,10 @@ class ClipFolder(torch.utils.data.Dataset):
         "Who is where in a clip."
         row = self.rows[index]
         parts = load_file(self.folder / "tracks" / f"{row['clip']}.safetensors")
-        return [FaceTrack(*(parts[f"{k}.{part}"] for part in ("boxes", "landmarks", "present")), (row["height"], row["width"]), row["fps"]) for k in range(row["people"])]
+        return [
+            FaceTrack(*(parts[f"{k}.{part}"] for part in ("boxes", "landmarks", "present")), (row["height"], row["width"]), row["fps"])
+            for k in range(row["people"])
+        ]
 
     def __getitem__(self, index: int) -> Clip:
         row, f = self.rows[index], self.config.frames
@@ -490,11 +519,18 @@ class ClipFolder(torch.utils.data.Dataset):
 # %% ../nbs/09_data.ipynb #cell-060
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-curate`: every threshold of `CurationConfig` is one."
-    parser = OneLineParser("fantasy-curate", description="Raw videos -> clips with one to five people who are seen, sharp and move; a manifest says why the others were rejected. Run again, it goes on where it stopped.")
-    parser.add_argument("videos", type=Path, help="folder of videos (searched with all below it), or one video; a text file beside a video is its caption")
+    parser = OneLineParser(
+        "fantasy-curate",
+        description="Raw videos -> clips with one to five people who are seen, sharp and move; a manifest says why the others were rejected. Run again, it goes on where it stopped.",
+    )
+    parser.add_argument(
+        "videos", type=Path, help="folder of videos (searched with all below it), or one video; a text file beside a video is its caption"
+    )
     parser.add_argument("out", type=Path, help="folder for clips/, tracks/ and manifest.parquet")
     parser.add_argument("--processes", type=int, default=None, help="videos at once (default: as many as there are cores)")
-    parser.add_argument("--ray", action="store_true", help="on Ray Data: in this machine, or on the cluster that RAY_ADDRESS names (pip install fantasy_nb[scale])")
+    parser.add_argument(
+        "--ray", action="store_true", help="on Ray Data: in this machine, or on the cluster that RAY_ADDRESS names (pip install fantasy_nb[scale])"
+    )
     for field in fields(CurationConfig):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, help=f"default: {field.default}")
     return parser
@@ -503,7 +539,9 @@ def build_parser() -> argparse.ArgumentParser:
 def count_verdicts(rows: list[dict]) -> str:
     "A line for each kind of clip, and for each reason how often."
     kinds = Counter(row["kind"] for row in rows if row["kept"])
-    reasons = Counter(re.sub(r"\b\d[\d.]*(e[-+]?\d+)?\b", "#", row["reason"].replace(row["source"], "it")).split(", want")[0] for row in rows if not row["kept"])
+    reasons = Counter(
+        re.sub(r"\b\d[\d.]*(e[-+]?\d+)?\b", "#", row["reason"].replace(row["source"], "it")).split(", want")[0] for row in rows if not row["kept"]
+    )
     lines = [f"{n:6d} kept, {kind}" for kind, n in sorted(kinds.items())] + [f"{n:6d} rejected: {why}" for why, n in reasons.most_common()]
     return "\n".join(lines)
 

@@ -427,7 +427,9 @@ class StoredDiT(nn.Module):
         width = config.pop("expression_width", None)
         strange = sorted(set(config) - {field.name for field in fields(DiTConfig)})
         if strange:
-            raise ValueError(f"{folder} was not saved by a DiT of ours: its config has {', '.join(strange[:3])}; want a folder made by save_pretrained")
+            raise ValueError(
+                f"{folder} was not saved by a DiT of ours: its config has {', '.join(strange[:3])}; want a folder made by save_pretrained"
+            )
         if width and add_expression is None:
             raise ValueError(f"{folder} has an expression memory: want from_pretrained(folder, fantasy_nb.regions.add_expression)")
         with torch.device("meta"):
@@ -467,10 +469,7 @@ class ListeningDiT(StoredDiT):
             if tokens.shape[-1] != want:
                 raise ValueError(f"want {name} tokens of width {want}, got {tuple(tokens.shape)}")
         embedded = {name: self.embed(name, tokens) for name, tokens in given.items()}
-        return [
-            {name: block.cross_attention.memories[name].keys_values(tokens) for name, tokens in embedded.items()}
-            for block in self.blocks
-        ]
+        return [{name: block.cross_attention.memories[name].keys_values(tokens) for name, tokens in embedded.items()} for block in self.blocks]
 
     def guards(self, memories: list[dict], mask: Tensor | None, scale: float | Tensor, shape: tuple[int, int, int]) -> dict:
         "What memories want beside their keys: how much the filled places of a text weigh; who may attend to expressions, how strongly. Made once, used by every block."

@@ -128,7 +128,11 @@ class Benchmark:
         scene = zoom_in(Scene.sample(people, base % 2**31 + 1), config.zoom)
         source = SceneClips(config, UNSEEN + seed)
         motions = [source.motion(base % 2**40 + 8 * k) for k in range(people)]
-        crops = [render_crops(scene.identity[k : k + 1], m, self.crop, closer=self.closer) for k, m in enumerate(motions)] if self.own else [jittered_crops(m, self.crop, actor_seed(base, k), self.closer) for k, m in enumerate(motions)]
+        crops = (
+            [render_crops(scene.identity[k : k + 1], m, self.crop, closer=self.closer) for k, m in enumerate(motions)]
+            if self.own
+            else [jittered_crops(m, self.crop, actor_seed(base, k), self.closer) for k, m in enumerate(motions)]
+        )
         crops = torch.stack([c if c.dtype == torch.uint8 else ((c + 1) * 127.5).round().to(torch.uint8) for c in crops])
         return Case(f"{people}-{seed}-{index}", scene, motions, crops, *drawn(scene, motions, config.size(people)), seed, self.closer)
 
@@ -149,7 +153,10 @@ def picture_errors(film: np.ndarray, truth: np.ndarray) -> dict[str, float]:  # 
     return {"psnr": 100.0 if error == 0 else peak_signal_noise_ratio(truth, film), "ssim": float(np.mean(ssim))}
 
 # %% ../nbs/12_exprbench.ipynb #cell-017
-INSTRUMENT = ("encoders", "instrument")  # an expression encoder to which no animator listens, always the same: rows measured on different days stay comparable
+INSTRUMENT = (
+    "encoders",
+    "instrument",
+)  # an expression encoder to which no animator listens, always the same: rows measured on different days stay comparable
 
 
 class EncoderFeatures:
@@ -184,7 +191,34 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:  # (n d), (m d) features; w
 # %% ../nbs/12_exprbench.ipynb #cell-020
 GAZE_DEGREES = 25.0  # of one unit of gaze: an iris that moves by 5 mm on a ball of 12 mm
 EXPRESSION_MEASURES = ("mouth_open", "mouth_wide", "smile", "pucker", "blink_left", "blink_right")
-MOVING = {0, 11, 12, 13, 14, 17, 37, 267, 61, 291, 78, 308, 82, 312, 87, 317, 95, 324, 146, 375, 159, 145, 386, 374, 105, 334}  # some of the landmarks that an expression moves
+MOVING = {
+    0,
+    11,
+    12,
+    13,
+    14,
+    17,
+    37,
+    267,
+    61,
+    291,
+    78,
+    308,
+    82,
+    312,
+    87,
+    317,
+    95,
+    324,
+    146,
+    375,
+    159,
+    145,
+    386,
+    374,
+    105,
+    334,
+}  # some of the landmarks that an expression moves
 CALM = [k for k in range(0, 468, 4) if k not in MOVING]
 
 
@@ -202,7 +236,9 @@ def skin_colour(film: np.ndarray, track: FaceTrack) -> Tensor:  # (f 3) in 0 to 
     return torch.stack([frame[b, a].mean(0) for frame, a, b in zip(frames, x, y)])
 
 # %% ../nbs/12_exprbench.ipynb #cell-022
-def face_errors(film: np.ndarray, track: FaceTrack, other: np.ndarray, reference: FaceTrack) -> dict[str, float]:  # two films of one size, a person's track in each
+def face_errors(
+    film: np.ndarray, track: FaceTrack, other: np.ndarray, reference: FaceTrack
+) -> dict[str, float]:  # two films of one size, a person's track in each
     "LMD, AED, APD, gaze and identity of one person in a film against the same person's in another; each 0 for the same film. Units as in the chapter."
     a, b = measure_expression(track), measure_expression(reference)
     far = lambda names: torch.stack([(a[k] - b[k]).abs().mean() for k in names]).mean().item()  # noqa: E731
@@ -224,13 +260,22 @@ def larger(film: np.ndarray, height: int = 256) -> np.ndarray:
     return film if h >= height else np.stack([resize(frame, (height, round(w * height / h))) for frame in film])
 
 # %% ../nbs/12_exprbench.ipynb #cell-025
-RULED = {"mouth_open": "mouth", "mouth_wide": "mouth", "smile": "mouth", "pucker": "mouth", "blink_left": "eyes", "blink_right": "eyes"}  # factor -> group of features
+RULED = {
+    "mouth_open": "mouth",
+    "mouth_wide": "mouth",
+    "smile": "mouth",
+    "pucker": "mouth",
+    "blink_left": "eyes",
+    "blink_right": "eyes",
+}  # factor -> group of features
 
 
 class Ruler:
     "Factors of an expression, read off an expression encoder by ridge regression on drawn people."
 
-    def __init__(self, folder: str | Path | None = None, size: int = 64, count: int = 600, seed: int = 3001):  # size: pixels of a face crop in the films to be read
+    def __init__(
+        self, folder: str | Path | None = None, size: int = 64, count: int = 600, seed: int = 3001
+    ):  # size: pixels of a face crop in the films to be read
         self.encoder = ExpressionEncoder.from_pretrained(folder or data_samples("weights", *INSTRUMENT))
         known = Expression.sample(count, seed)
         features = self.features(render_crops(Identity.sample(count, seed), known, size, closer=self.encoder.config.closer))
@@ -399,7 +444,12 @@ class Studio:
         owners = owners_from_portrait(case.boxes[0], case.film.shape[1:3], 5, token).to(device)
         portrait = pipeline.vae.encode(as_video(case.film[:1]).to(device))
         with obeying(self.animator, self.rule):
-            latents = sum(denoise(self.animator, self.settings, portrait, features, owners, case.seed + 7919 * k, False) for k in range(self.settings.draws)) / self.settings.draws
+            latents = (
+                sum(
+                    denoise(self.animator, self.settings, portrait, features, owners, case.seed + 7919 * k, False) for k in range(self.settings.draws)
+                )
+                / self.settings.draws
+            )
         return decode_film(pipeline.vae, latents, self.settings.window)
 
     @torch.no_grad()
@@ -428,7 +478,13 @@ def make_methods(names: Iterable[str], weights: dict[str, str]) -> dict[str, Cal
             made[name] = of_seed(folder, name if name in RULES else "full")
             continue
         studio = Studio(folder, name if name in RULES else "full")
-        made[name] = studio.film if name not in BOUNDS else studio.reconstruction if name == "vae" else lambda case: np.repeat(case.film[:1], len(case.film) - 1, 0)
+        made[name] = (
+            studio.film
+            if name not in BOUNDS
+            else studio.reconstruction
+            if name == "vae"
+            else lambda case: np.repeat(case.film[:1], len(case.film) - 1, 0)
+        )
     return made
 
 
@@ -438,10 +494,27 @@ def of_seed(folder: str, rule: str) -> Callable:
     return lambda case: studio(case.seed).film(case)
 
 # %% ../nbs/12_exprbench.ipynb #cell-048
-METRICS = {"psnr": "dB in the face", "ssim": "", "perceptual": "", "lmd": "1e-3 face", "aed": "1e-2", "aed_ruler": "1e-2", "apd": "1e-3 rad", "gaze": "degrees", "identity": "1e-3", "colour": "grey levels", "leakage": "share", "actor": "share", "follow": "r", "lost": "share"}
+METRICS = {
+    "psnr": "dB in the face",
+    "ssim": "",
+    "perceptual": "",
+    "lmd": "1e-3 face",
+    "aed": "1e-2",
+    "aed_ruler": "1e-2",
+    "apd": "1e-3 rad",
+    "gaze": "degrees",
+    "identity": "1e-3",
+    "colour": "grey levels",
+    "leakage": "share",
+    "actor": "share",
+    "follow": "r",
+    "lost": "share",
+}
 
 
-def judge(film: np.ndarray, case: Case, features: Callable | None, ruler: Ruler | None = None, reference: list[FaceTrack] | None = None) -> list[dict]:
+def judge(
+    film: np.ndarray, case: Case, features: Callable | None, ruler: Ruler | None = None, reference: list[FaceTrack] | None = None
+) -> list[dict]:
     "A row for every person: picture errors in the face, what the tracker says against what it says of the truth, what the ruler says."
     truth, rows = case.film[1:], []
     reference = track_faces(larger(truth), case.people) if reference is None else reference
@@ -486,7 +559,10 @@ def evaluate(
             reference, turned = (track_faces(larger(case.film[1:]), case.people) if left else None), None
             for name in left:
                 film = methods[name](case)
-                mine = [{"method": name, "case": case.name, "people": case.people, "seed": case.seed, "person": k + 1} | row for k, row in enumerate(judge(film, case, features, ruler, reference))]
+                mine = [
+                    {"method": name, "case": case.name, "people": case.people, "seed": case.seed, "person": k + 1} | row
+                    for k, row in enumerate(judge(film, case, features, ruler, reference))
+                ]
                 if leak and name != "vae":
                     turned = turned or another_driver(case, 0)
                     mine[0] |= interventions(case, turned, methods[name], film)
@@ -513,7 +589,9 @@ def by_film(rows: list[dict], method: str, people: int, metric: str) -> dict[str
     return {case: float(np.mean(values)) for case, values in cases.items()}
 
 
-def results_table(rows: list[dict], metrics: Iterable[str] = METRICS, against: str | None = None) -> list[dict]:  # against: a method; then paired differences to it
+def results_table(
+    rows: list[dict], metrics: Iterable[str] = METRICS, against: str | None = None
+) -> list[dict]:  # against: a method; then paired differences to it
     "People, method, metric, mean, low, high, films. With `against`, means and intervals of the difference to that method on the same films."
     table = []
     for people in sorted({row["people"] for row in rows}):
@@ -556,7 +634,10 @@ def ablation_table(rows: list[dict], metrics: Iterable[str], against: str = "ful
 def as_markdown(table: list[dict]) -> str:
     "One line for each method and number of people, one column for each metric: mean [95 % interval]."
     metrics = list(dict.fromkeys(cell["metric"] for cell in table))
-    lines = ["| people | method | " + " | ".join(f"{m} ({METRICS[m]})" if METRICS.get(m) else m for m in metrics) + " |", "|-|-" + "|-" * len(metrics) + "|"]
+    lines = [
+        "| people | method | " + " | ".join(f"{m} ({METRICS[m]})" if METRICS.get(m) else m for m in metrics) + " |",
+        "|-|-" + "|-" * len(metrics) + "|",
+    ]
     for people, method in dict.fromkeys((cell["people"], cell["method"]) for cell in table):
         cells = {c["metric"]: c for c in table if (c["people"], c["method"]) == (people, method)}
         shown = lambda c: f"{c['mean']:.3g} [{c['low']:.3g}, {c['high']:.3g}]" if c else "-"  # noqa: E731
@@ -577,7 +658,11 @@ def plot_results(table: list[dict], metrics: Iterable[str] = ("psnr", "aed_ruler
             x = np.array([people.index(p) for p in cells]) + (k - (len(methods) - 1) / 2) * 0.8 / len(methods)
             mean, low, high = (np.array([c[z] for c in cells.values()]) for z in ("mean", "low", "high"))
             ax.bar(x, mean, 0.8 / len(methods), yerr=[mean - low, high - mean], color=f"C{k}", label=method, error_kw={"lw": 1})
-        ax.set(title=f"{metric} ({METRICS[metric]})" if METRICS.get(metric) else metric, xticks=range(len(people)), xticklabels=[f"{p} {'person' if p == 1 else 'people'}" for p in people])
+        ax.set(
+            title=f"{metric} ({METRICS[metric]})" if METRICS.get(metric) else metric,
+            xticks=range(len(people)),
+            xticklabels=[f"{p} {'person' if p == 1 else 'people'}" for p in people],
+        )
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), fontsize=8, frameon=False)
     if path:
         fig.savefig(path, dpi=120)
@@ -595,14 +680,24 @@ def plot_differences(table: list[dict], metrics: Iterable[str]) -> None:
     for ax, metric in zip(np.atleast_1d(axes), metrics):
         ax.axvline(0, color="0.7", lw=1)
         for cell in (c for c in table if c["metric"] == metric):
-            y, colour = methods.index(cell["method"]) + 0.22 * (people.index(cell["people"]) - (len(people) - 1) / 2), f"C{people.index(cell['people'])}"
+            y, colour = (
+                methods.index(cell["method"]) + 0.22 * (people.index(cell["people"]) - (len(people) - 1) / 2),
+                f"C{people.index(cell['people'])}",
+            )
             ax.plot([cell["low"], cell["high"]], [y, y], color=colour, lw=1.5)
             ax.plot(cell["seeds"], [y] * len(cell["seeds"]), ".", color=colour, ms=4)
             ax.plot(cell["mean"], y, "|", color=colour, ms=9, mew=2)
         ax.set(title=f"{metric} ({METRICS[metric]})" if METRICS.get(metric) else metric, xlabel="difference to full")
     np.atleast_1d(axes)[0].set(yticks=range(len(methods)), yticklabels=methods)
     np.atleast_1d(axes)[0].invert_yaxis()
-    fig.legend([plt.Line2D([], [], color=f"C{k}") for k in range(len(people))], [f"{p} {'person' if p == 1 else 'people'}" for p in people], loc="outside lower center", ncols=len(people), fontsize=8, frameon=False)
+    fig.legend(
+        [plt.Line2D([], [], color=f"C{k}") for k in range(len(people))],
+        [f"{p} {'person' if p == 1 else 'people'}" for p in people],
+        loc="outside lower center",
+        ncols=len(people),
+        fontsize=8,
+        frameon=False,
+    )
     plt.show()
 
 # %% ../nbs/12_exprbench.ipynb #cell-061
@@ -611,7 +706,13 @@ def read_rows(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     with open(path, newline="") as handle:
-        return [{k: int(v) if k in ("people", "seed", "person") else v if k in ("method", "case") else None if v == "" else float(v) for k, v in row.items()} for row in csv.DictReader(handle)]
+        return [
+            {
+                k: int(v) if k in ("people", "seed", "person") else v if k in ("method", "case") else None if v == "" else float(v)
+                for k, v in row.items()
+            }
+            for row in csv.DictReader(handle)
+        ]
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
@@ -626,15 +727,33 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 # %% ../nbs/12_exprbench.ipynb #cell-063
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-bench`."
-    parser = OneLineParser("fantasy-bench", description="Judge methods on people whose expression is known exactly, or on a folder of real portraits and drivers. Without arguments: four methods on 24 films of two and three people, some minutes on one core.")
+    parser = OneLineParser(
+        "fantasy-bench",
+        description="Judge methods on people whose expression is known exactly, or on a folder of real portraits and drivers. Without arguments: four methods on 24 films of two and three people, some minutes on one core.",
+    )
     parser.add_argument("--set", choices=["single", "multi"], default="multi", help="one person, or two and three (default: multi)")
-    parser.add_argument("--methods", default="full,no-mask,still,vae", help=f"comma-separated: {', '.join([*RULES, *BOUNDS])}, or names given with --weights (default: full,no-mask,still,vae)")
-    parser.add_argument("--weights", nargs="+", default=["tiny"], metavar="[NAME=]FOLDER", help="tiny, mini or a folder; NAME=FOLDER adds a method of its own (default: tiny)")
+    parser.add_argument(
+        "--methods",
+        default="full,no-mask,still,vae",
+        help=f"comma-separated: {', '.join([*RULES, *BOUNDS])}, or names given with --weights (default: full,no-mask,still,vae)",
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=["tiny"],
+        metavar="[NAME=]FOLDER",
+        help="tiny, mini or a folder; NAME=FOLDER adds a method of its own (default: tiny)",
+    )
     parser.add_argument("--own", action="store_true", help="self-reenactment: everybody drives themselves")
     parser.add_argument("--clips", type=int, default=4, help="cases for each number of people and each seed (default: 4)")
     parser.add_argument("--frames", type=int, default=25, help="of each film, 4n+1 (default: 25)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of cases and noise (default: 0 1 2)")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="real pictures instead: DIR/portraits/* each by every one of DIR/drivers/*; judged against the driver")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="real pictures instead: DIR/portraits/* each by every one of DIR/drivers/*; judged against the driver",
+    )
     parser.add_argument("--no-leakage", action="store_true", help="make no second film of several people")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for rows.csv, table.md, table.csv, plot.png (default: out/bench)")
     parser.add_argument("--threads", type=at_least(1), help="CPU threads")
@@ -665,7 +784,9 @@ def write_results(rows: list[dict], folder: Path) -> str:
     return text
 
 # %% ../nbs/12_exprbench.ipynb #cell-066
-def real_rows(pipeline: PortraitPipeline, folder: Path, frames: int, done: set = frozenset(), keep: Callable = lambda rows: None, show: bool = True) -> list[dict]:
+def real_rows(
+    pipeline: PortraitPipeline, folder: Path, frames: int, done: set = frozenset(), keep: Callable = lambda rows: None, show: bool = True
+) -> list[dict]:
     "Every portrait by every driver of a folder: AED, APD and gaze against the driver, shape and colour against the portrait. Raises FileNotFoundError where one kind is missing."
     portraits, drivers = (sorted(p for p in (folder / kind).glob("*") if p.is_file()) for kind in ("portraits", "drivers"))
     if not portraits or not drivers:
@@ -680,12 +801,25 @@ def real_rows(pipeline: PortraitPipeline, folder: Path, frames: int, done: set =
         tracks, own = track_faces(larger(made.frames), len(made.people)), track_faces(larger(picture), 5)
         mine = []
         for k, (person, source) in enumerate(zip(made.people, made.tracks)):
-            row = {"method": "full", "case": case, "people": len(made.people), "seed": 0, "person": person, "lost": float(len(tracks) < len(made.people))}
+            row = {
+                "method": "full",
+                "case": case,
+                "people": len(made.people),
+                "seed": 0,
+                "person": person,
+                "lost": float(len(tracks) < len(made.people)),
+            }
             if not row["lost"]:
                 against_driver = face_errors(larger(made.frames), tracks[k], made.drivers[k], source)
                 row |= {name: against_driver[name] for name in ("aed", "apd", "gaze")}
                 row["identity"] = 1000 * (face_shape(tracks[k]).mean(0) - face_shape(own[person - 1]).mean(0)).norm(dim=-1).mean().item()
-                row["colour"] = 255 * (skin_colour(larger(made.frames), tracks[k]).mean(0) - skin_colour(larger(picture), own[person - 1]).mean(0)).abs().mean().item()
+                row["colour"] = (
+                    255
+                    * (skin_colour(larger(made.frames), tracks[k]).mean(0) - skin_colour(larger(picture), own[person - 1]).mean(0))
+                    .abs()
+                    .mean()
+                    .item()
+                )
             mine.append(row)
         keep(mine)
         rows += mine
@@ -700,7 +834,16 @@ def run_bench(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     named = dict(text.split("=", 1) if "=" in text else ("default", text) for text in args.weights)
     weights = {"default": "tiny"} | named
-    asked = {"set": args.set, "weights": weights, "own": args.own, "clips": args.clips, "frames": args.frames, "seeds": args.seeds, "folder": args.folder and str(args.folder), "leakage": not args.no_leakage}
+    asked = {
+        "set": args.set,
+        "weights": weights,
+        "own": args.own,
+        "clips": args.clips,
+        "frames": args.frames,
+        "seeds": args.seeds,
+        "folder": args.folder and str(args.folder),
+        "leakage": not args.no_leakage,
+    }
     names = [name for name in args.methods.split(",") if name]
     methods = {} if args.folder else make_methods(names, weights)
     settle(args.out, asked)
@@ -712,7 +855,15 @@ def run_bench(args: argparse.Namespace) -> None:
     else:
         first = Studio(weights["default"])
         kind = Benchmark.single if args.set == "single" else Benchmark.multi
-        benchmark = kind(clips=args.clips, seeds=tuple(args.seeds), frames=args.frames, own=args.own, height=first.height, crop=first.settings.crop, closer=first.settings.closer)
+        benchmark = kind(
+            clips=args.clips,
+            seeds=tuple(args.seeds),
+            frames=args.frames,
+            own=args.own,
+            height=first.height,
+            crop=first.settings.crop,
+            closer=first.settings.closer,
+        )
         if not {(name, case) for name in names for case in benchmark.names()} <= done:
             evaluate(methods, benchmark, EncoderFeatures(), Ruler(size=first.settings.crop), not args.no_leakage, done, keep, not args.quiet)
     rows = [row for row in read_rows(path) if args.folder or row["method"] in names]

@@ -236,7 +236,15 @@ def release_name(name: str, depth: int = 4) -> str:
     return f"model.m0.{dict(skip='b1', down='b2', up='b3')[block]}_{level}.{rest}"
 
 # %% ../nbs/03_expression.ipynb #cell-033
-FACTOR_RANGE = {"yaw": (-40, 40), "pitch": (-20, 20), "roll": (-20, 20), "gaze_x": (-1, 1), "gaze_y": (-1, 1), "mouth_wide": (-1, 1), "smile": (-0.5, 1)}  # others 0 to 1
+FACTOR_RANGE = {
+    "yaw": (-40, 40),
+    "pitch": (-20, 20),
+    "roll": (-20, 20),
+    "gaze_x": (-1, 1),
+    "gaze_y": (-1, 1),
+    "mouth_wide": (-1, 1),
+    "smile": (-0.5, 1),
+}  # others 0 to 1
 GROUPS = tuple(FEATURE_WIDTHS)
 DECKS = {name: ("emotion",) if name == "emotion" else Expression.GROUPS[name] for name in GROUPS}  # {group: its decks of cards}
 EVERY_DECK = sum(DECKS.values(), ())
@@ -546,7 +554,11 @@ def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> No
             label = bank.labels(deck).to(z.device)
             directions = fisher_directions(z, label, DIRECTIONS[name], 1e-3).to(z)
             agreed = agreement((z - mean) @ directions, label)
-            found += [(rank > 0, -share.item(), way * share.sqrt()) for rank, (way, share) in enumerate(zip(directions.T, agreed)) if rank == 0 or share >= AGREED]
+            found += [
+                (rank > 0, -share.item(), way * share.sqrt())
+                for rank, (way, share) in enumerate(zip(directions.T, agreed))
+                if rank == 0 or share >= AGREED
+            ]
         found = sorted(found, key=lambda one: one[:2])[: layer.out_features]  # every deck's best, then what agrees most
         turn = torch.linalg.qr(torch.randn(layer.out_features, layer.out_features, generator=g))[0][:, : len(found)].to(z)
         matrix = turn @ torch.stack([way for _, _, way in found])
@@ -749,7 +761,18 @@ def train_encoder(
     device = torch.device(device or "cpu")
     bank = render_bank(320, config.image_size, 5_000_000, device, progress, closer=config.closer) if bank is None else bank
     rounds = rounds or (ROUNDS if init is None else FURTHER_ROUNDS)
-    settings = dict(steps=steps, seed=seed, blocks=len(bank), batch=batch, pool=pool, rounds=list(rounds), strength=strength, texture=texture, learning_rate=learning_rate, bf16=bf16)
+    settings = dict(
+        steps=steps,
+        seed=seed,
+        blocks=len(bank),
+        batch=batch,
+        pool=pool,
+        rounds=list(rounds),
+        strength=strength,
+        texture=texture,
+        learning_rate=learning_rate,
+        bf16=bf16,
+    )
     course, turns = Course(config, settings, device, init), {0} | {round(share * steps) for share in rounds}
     if checkpoint and Path(checkpoint).exists():
         load_course(course, checkpoint)
@@ -792,15 +815,34 @@ AGREE_STEPS = {"tiny": 900, "mini": 600}  # of a second course, below
 
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train-encoder`."
-    parser = OneLineParser("fantasy-train-encoder", description="Train an expression encoder on pictures drawn in pairs; no true factor is ever a target.")
+    parser = OneLineParser(
+        "fantasy-train-encoder", description="Train an expression encoder on pictures drawn in pairs; no true factor is ever a target."
+    )
     parser.add_argument("--config", choices=["tiny", "mini"], default="tiny", help="size of the encoder (default: tiny)")
     parser.add_argument("--run", type=Path, default=None, help="folder of pictures, checkpoint and log (default: runs/encoder-CONFIG)")
-    parser.add_argument("--steps", type=int, default=None, help="training steps (default: " + ", ".join(f"{steps} for {size}" for size, steps in STEPS.items()) + "; with --agree " + ", ".join(f"{steps} for {size}" for size, steps in AGREE_STEPS.items()) + ")")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=None,
+        help="training steps (default: "
+        + ", ".join(f"{steps} for {size}" for size, steps in STEPS.items())
+        + "; with --agree "
+        + ", ".join(f"{steps} for {size}" for size, steps in AGREE_STEPS.items())
+        + ")",
+    )
     parser.add_argument("--init", type=Path, default=None, help="folder of encoder weights to go on with (a new run, with a slope of its own)")
-    parser.add_argument("--agree", type=int, default=None, metavar="GROUPS", help="a second course for --init: to say of one face what it says of sixteen people who do the same, on average; so many such groups (the shipped animators listen to encoders of 1378, mini, and 1330, tiny)")
+    parser.add_argument(
+        "--agree",
+        type=int,
+        default=None,
+        metavar="GROUPS",
+        help="a second course for --init: to say of one face what it says of sixteen people who do the same, on average; so many such groups (the shipped animators listen to encoders of 1378, mini, and 1330, tiny)",
+    )
     parser.add_argument("--strength", type=float, default=None, help="of the augmentation (default: 0.5; with --agree 0.35)")
     parser.add_argument("--texture", type=float, default=0.0, help="of other surfaces among it (default: 0, none)")
-    parser.add_argument("--lr", type=float, default=None, help="peak learning rate of Muon; AdamW has a sixth of it (default: 0.012; with --agree 0.006)")
+    parser.add_argument(
+        "--lr", type=float, default=None, help="peak learning rate of Muon; AdamW has a sixth of it (default: 0.012; with --agree 0.006)"
+    )
     parser.add_argument("--pictures", type=Path, default=None, help="folder of drawn pictures (default: RUN/pictures)")
     parser.add_argument("--blocks", type=int, default=320, help="blocks of 64 pictures of 16 people to learn from (default: 320)")
     parser.add_argument("--seed", type=int, default=0)
@@ -835,7 +877,9 @@ def run_course(args: argparse.Namespace) -> int:
     if args.blocks < 2 or steps < 1:
         raise ValueError(f"want at least 2 blocks and 1 step, got --blocks {args.blocks} --steps {steps}")
     if second and (args.init is None or args.agree < 2 or args.texture):
-        raise ValueError(f"want --init, at least 2 groups and no --texture for --agree, got --init {args.init} --agree {args.agree} --texture {args.texture}")
+        raise ValueError(
+            f"want --init, at least 2 groups and no --texture for --agree, got --init {args.init} --agree {args.agree} --texture {args.texture}"
+        )
     init = None if args.init is None else ExpressionEncoder.from_pretrained(args.init)
     if init is not None and init.config != config:
         raise ValueError(f"want {args.init} to hold an encoder of size {args.config}, got {init.config}")
@@ -857,7 +901,9 @@ def run_course(args: argparse.Namespace) -> int:
         options = dict(seed=args.seed, bf16=args.bf16, device=device, max_minutes=args.max_minutes, log=write, checkpoint=checkpoint)
         options |= {name: value for name, value in (("strength", args.strength), ("learning_rate", args.lr)) if value is not None}
         if second:
-            encoder = agree(init, stored_groups(args.pictures or run / "groups", args.agree, config.image_size, device=device, **draw), steps, **options)
+            encoder = agree(
+                init, stored_groups(args.pictures or run / "groups", args.agree, config.image_size, device=device, **draw), steps, **options
+            )
         else:
             bank = stored_bank(args.pictures or run / "pictures", args.blocks, config.image_size, 5_000_000, device, **draw)
             encoder = train_encoder(config, steps, bank=bank, texture=args.texture, init=init, **options)
@@ -917,7 +963,9 @@ def draw_groups(path: Path, first: int, count: int, size: int, device, closer: f
         save_file({"pictures": torch.stack([render_group(first + k, size, closer, device) for k in range(count)])}, part)
 
 
-def stored_groups(folder: Path, groups: int, size: int, seed: int = 60_000_000, device=None, progress: bool = True, closer: float = 1.0, processes: int = 1) -> Tensor:  # uint8 (groups 16 3 size size)
+def stored_groups(
+    folder: Path, groups: int, size: int, seed: int = 60_000_000, device=None, progress: bool = True, closer: float = 1.0, processes: int = 1
+) -> Tensor:  # uint8 (groups 16 3 size size)
     "Groups kept in files of fifty: what lies there already is not drawn again."
     folder.mkdir(parents=True, exist_ok=True)
     counts = [(seed + k, min(50, groups - k)) for k in range(0, groups, 50)]
@@ -941,7 +989,10 @@ class Agreement:
         lasts = {id(last_layer(self.encoder, name).weight) for name in GROUPS}
         matrices = [w for w in self.encoder.parameters() if w.ndim > 1 and id(w) not in lasts]
         others = [w for w in self.encoder.parameters() if w.ndim < 2] + [last_layer(self.encoder, name).weight for name in GROUPS]
-        self.muon, self.adamw = Muon(matrices, settings["learning_rate"]), torch.optim.AdamW(others, settings["learning_rate"] / 6, (0.9, 0.98), weight_decay=0.0)
+        self.muon, self.adamw = (
+            Muon(matrices, settings["learning_rate"]),
+            torch.optim.AdamW(others, settings["learning_rate"] / 6, (0.9, 0.98), weight_decay=0.0),
+        )
         self.projections, self.blocks, self.targets, self.pictures = nn.ModuleDict(), torch.empty(0), None, pictures
 
     @torch.no_grad()

@@ -327,7 +327,9 @@ def relief(m: Maps, X: Tensor, Y: Tensor) -> Tensor:
     "Soft bumps on the masses, by place (X, Y) on the face: cheekbones, brow ridge, lips' mound, chin, sockets, lifted cheeks."
     A, drop = X.abs(), 0.20 * m.mouth_open
     bones = 0.07 * bump(A, Y, 0.37, 0.30, 0.20, 0.18) + 0.05 * bump(A, Y, 0.20, -0.20, 0.30, 0.08) - 0.07 * bump(A, Y, eye_x(m), 0.0, 0.19, 0.12)
-    mouth = (0.07 + 0.13 * m.pucker) * bump(X, Y, 0, 0.64 + drop * 0.4, 0.26, 0.20) + (0.07 + 0.06 * m.pucker) * bump(X, Y, 0, 0.93 + drop, 0.18, 0.12)
+    mouth = (0.07 + 0.13 * m.pucker) * bump(X, Y, 0, 0.64 + drop * 0.4, 0.26, 0.20) + (0.07 + 0.06 * m.pucker) * bump(
+        X, Y, 0, 0.93 + drop, 0.18, 0.12
+    )
     return bones + mouth + 0.05 * (m.smile.clamp(0) + 1.5 * m.cheek) * bump(A, Y, 0.38, 0.28, 0.16, 0.12)
 
 # %% ../nbs/01_faces.ipynb #cell-037
@@ -559,9 +561,15 @@ def paint_mouth_folds(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     m, Y, A, p, (level, half) = h.m, h.Y, h.A, h.pixel, mouth_line(h.m)
     dimple = bump(A, Y, half + 0.06, level, 0.035, 0.10)
     paint = crease(h, ink, paint, dimple, 0.9 * m.mouth_wide.clamp(0), 0.75)
-    fold = stroke(A - half - 0.03 - 0.35 * (Y - level).clamp(0), 0.018, p) * smoothstep(level - 0.03, level + 0.04, Y) * smoothstep(level + 0.30, level + 0.12, Y)
+    fold = (
+        stroke(A - half - 0.03 - 0.35 * (Y - level).clamp(0), 0.018, p)
+        * smoothstep(level - 0.03, level + 0.04, Y)
+        * smoothstep(level + 0.30, level + 0.12, Y)
+    )
     paint = crease(h, ink, paint, fold, 0.7 * (-m.mouth_wide).clamp(0), 0.6)
-    upright = stroke(torch.remainder(h.X + 0.05, 0.10) - 0.05, 0.018, p) * (bump(A, Y, 0, level - 0.15, 0.18, 0.06) + 0.8 * bump(A, Y, 0, level + 0.19, 0.15, 0.05))
+    upright = stroke(torch.remainder(h.X + 0.05, 0.10) - 0.05, 0.018, p) * (
+        bump(A, Y, 0, level - 0.15, 0.18, 0.06) + 0.8 * bump(A, Y, 0, level + 0.19, 0.15, 0.05)
+    )
     return crease(h, ink, paint, upright, 0.9 * m.pucker, 0.65)
 
 
@@ -569,7 +577,11 @@ def paint_folds(h: Head, ink: Maps, paint: Tensor) -> Tensor:
     "Laugh lines, forehead lines, frown, nose wrinkle, bags and crow's feet; then the mouth's."
     m, Y, A, p, old = h.m, h.Y, h.A, h.pixel, smoothstep(0.4, 1.0, h.m.age)
     nose_end, side = 0.36 + 0.12 * m.nose_length, A - eye_x(m)
-    laugh = stroke(A - 0.20 - 0.45 * (Y - nose_end).clamp(0) - 0.05 * m.smile - 0.05 * m.mouth_wide + 0.05 * m.pucker, 0.035, p) * smoothstep(nose_end - 0.05, nose_end + 0.1, Y) * smoothstep(0.75, 0.5, Y)
+    laugh = (
+        stroke(A - 0.20 - 0.45 * (Y - nose_end).clamp(0) - 0.05 * m.smile - 0.05 * m.mouth_wide + 0.05 * m.pucker, 0.035, p)
+        * smoothstep(nose_end - 0.05, nose_end + 0.1, Y)
+        * smoothstep(0.75, 0.5, Y)
+    )
     paint = crease(h, ink, paint, laugh, 0.10 + 0.22 * m.smile.clamp(0) + 0.20 * m.cheek + 0.25 * old, 0.6)
     waves = torch.remainder(Y + 0.55 + 0.02 * torch.cos(6 * h.X) + 0.06 * m.brow_raise, 0.09) - 0.045
     forehead = stroke(waves, 0.014, p) * smoothstep(-0.66, -0.56, Y) * smoothstep(-0.36, -0.42, Y) * smoothstep(0.42, 0.25, A)
@@ -732,7 +744,9 @@ def render_face(
     return torch.cat(pictures).clamp(0, 1) if pictures else torch.zeros(0, 3, size, size, device=device)
 
 # %% ../nbs/01_faces.ipynb #cell-091
-CROP_TEMPLATE = torch.tensor([[0.3843, 0.27], [0.62, 0.2668], [0.503, 0.4185], [0.406, 0.5273], [0.5977, 0.525]])  # x, y as fractions of the crop (the release's aligner)
+CROP_TEMPLATE = torch.tensor(
+    [[0.3843, 0.27], [0.62, 0.2668], [0.503, 0.4185], [0.406, 0.5273], [0.5977, 0.525]]
+)  # x, y as fractions of the crop (the release's aligner)
 
 
 def crop_template(
@@ -844,7 +858,10 @@ def paint_in_window(scene: Scene, k: int, motion: Expression, canvas: Tensor, ow
     x, y = (g[:, rows, columns] for g in pixel_grid(h, w, canvas.device))
     boxes = []
     for part in in_chunks(len(motion), x.numel(), chunk_budget(canvas.device)):
-        i, pixel = scene.identity[k].to(canvas.device).repeat(len(motion[part])), torch.full((len(motion[part]), 1, 1), 2 / h / scale, device=canvas.device)
+        i, pixel = (
+            scene.identity[k].to(canvas.device).repeat(len(motion[part])),
+            torch.full((len(motion[part]), 1, 1), 2 / h / scale, device=canvas.device),
+        )
         painted, alpha, face = paint_person(i, motion[part], (x - cx) / scale, (y - cy) / scale, pixel, canvas[part, :, rows, columns])
         canvas[part, :, rows, columns] = painted
         owners[part, rows, columns] = torch.where(alpha > 0.5, k + 1, owners[part, rows, columns])

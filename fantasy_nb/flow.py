@@ -62,9 +62,10 @@ def logit_normal_times(
 # %% ../nbs/08_flow.ipynb #cell-018
 class FlowLoss(NamedTuple):
     "A loss to step on, and what it is made of."
-    loss: Tensor        # () weighted mean
+
+    loss: Tensor  # () weighted mean
     per_sample: Tensor  # (b,) detached, for a curve over time
-    t: Tensor           # (b,) the times drawn
+    t: Tensor  # (b,) the times drawn
 
 
 def flow_target(x0: Tensor, noise: Tensor, prediction: str) -> Tensor:
@@ -75,24 +76,27 @@ def flow_target(x0: Tensor, noise: Tensor, prediction: str) -> Tensor:
 
 
 def flow_loss(
-    model: Callable,                # (x_t (b ...), t (b,) in [0, 1]) -> prediction (b ...)
-    x0: Tensor,                     # (b ...) clean samples
-    t: Tensor | None = None,        # (b,) times; drawn evenly when None
-    noise: Tensor | None = None,    # (b ...); drawn when None
-    prediction: str = "velocity",   # or "clean": what the model answers, and where the error is taken
-    weight: Tensor | None = None,   # broadcasts to the errors, >= 0: where they count (face boxes, say)
-    shift: float = 1.0,             # of the times drawn here
+    model: Callable,  # (x_t (b ...), t (b,) in [0, 1]) -> prediction (b ...)
+    x0: Tensor,  # (b ...) clean samples
+    t: Tensor | None = None,  # (b,) times; drawn evenly when None
+    noise: Tensor | None = None,  # (b ...); drawn when None
+    prediction: str = "velocity",  # or "clean": what the model answers, and where the error is taken
+    weight: Tensor | None = None,  # broadcasts to the errors, >= 0: where they count (face boxes, say)
+    shift: float = 1.0,  # of the times drawn here
     generator: torch.Generator | None = None,
-    measure: Callable | None = None, # (answer, target) -> errors (b ...); None: squared differences
+    measure: Callable | None = None,  # (answer, target) -> errors (b ...); None: squared differences
 ) -> FlowLoss:
     "Mean squared error (or another) of the model's answer at a random time (float32, whatever the model runs in); a sample whose weight is 0 throughout counts as 0."
     b = len(x0)
-    if t is None: t = uniform_times(b, shift, generator, x0.device)
-    if noise is None: noise = _draw(torch.randn, x0.shape, generator, x0.device).to(x0.dtype)
+    if t is None:
+        t = uniform_times(b, shift, generator, x0.device)
+    if noise is None:
+        noise = _draw(torch.randn, x0.shape, generator, x0.device).to(x0.dtype)
     answer = model(flow_pair(x0, t, noise).x_t, t)
     target = flow_target(x0, noise, prediction).float()
     error = (answer.float() - target) ** 2 if measure is None else measure(answer.float(), target)
-    if weight is None: per_sample = error.flatten(1).mean(1)
+    if weight is None:
+        per_sample = error.flatten(1).mean(1)
     else:
         w = weight.to(error).expand_as(error).flatten(1)
         per_sample = (error.flatten(1) * w).sum(1) / w.sum(1).clamp_min(1e-12)

@@ -49,11 +49,13 @@ def mp4_bytes(frames, fps: float = 25.0) -> bytes:
 
 def film_widget(data: bytes, height: int) -> widgets.Video:
     "A film that begins at once and goes round."
-    return widgets.Video(value=data, format="mp4", autoplay=True, loop=True, controls=True, layout=widgets.Layout(height=f"{height}px", align_self="flex-start"))
+    return widgets.Video(
+        value=data, format="mp4", autoplay=True, loop=True, controls=True, layout=widgets.Layout(height=f"{height}px", align_self="flex-start")
+    )
 
 
 def notice(text: str, kind: str = "info") -> str:
-    "A line of HTML: what went well, or (kind=\"error\") what was wanted and what came."
+    'A line of HTML: what went well, or (kind="error") what was wanted and what came.'
     colour = {"info": "#1a7f37", "error": "#b42318", "busy": "#555555"}[kind]
     return f'<span role="status" style="color:{colour}">{html.escape(text)}</span>' if text else ""
 
@@ -66,7 +68,15 @@ RANGES |= {name: (0.0, 1.0) for name in Expression.names() if name not in RANGES
 def factor_slider(name: str) -> widgets.FloatSlider:
     "A slider over a factor's range."
     low, high = RANGES[name]
-    return widgets.FloatSlider(0, min=low, max=high, step=0.5 if high > 2 else 0.01, description=name.replace("_", " "), readout_format=".2f", layout=widgets.Layout(width="280px"))
+    return widgets.FloatSlider(
+        0,
+        min=low,
+        max=high,
+        step=0.5 if high > 2 else 0.01,
+        description=name.replace("_", " "),
+        readout_format=".2f",
+        layout=widgets.Layout(width="280px"),
+    )
 
 # %% ../nbs/14_playground.ipynb #cell-014
 class ExpressionMixer(widgets.VBox):
@@ -85,7 +95,14 @@ class ExpressionMixer(widgets.VBox):
         self.said, self.picture = widgets.HTML(), widgets.Image(format="jpeg", width=self.size[1], height=self.size[0])
         self.screen = widgets.VBox()  # empty until there is a film: browsers complain about a film of no bytes
         self.loading = False
-        super().__init__([widgets.HBox([self.who, self.preset]), widgets.HBox([self.columns(), widgets.VBox([self.picture, widgets.HBox([self.rest, self.record, self.play]), self.said, self.screen])])])
+        super().__init__(
+            [
+                widgets.HBox([self.who, self.preset]),
+                widgets.HBox(
+                    [self.columns(), widgets.VBox([self.picture, widgets.HBox([self.rest, self.record, self.play]), self.said, self.screen])]
+                ),
+            ]
+        )
         self.connect()
         self.draw()
 
@@ -302,8 +319,16 @@ class RegionPainter(widgets.VBox):
         self.overlap = widgets.Button(description="make two faces overlap", layout=widgets.Layout(width="auto"))
         self.reset = widgets.Button(description="as found")
         self.said = widgets.HTML()
-        self.owned, self.heard = (widgets.Image(format="jpeg", layout=widgets.Layout(flex="0 0 auto", height=f"{size[0]}px", margin="0 0 0 8px")) for _ in range(2))
-        super().__init__([widgets.HBox([self.rule, self.margin, self.overlap, self.reset]), widgets.HBox([self.canvas, self.owned, self.heard], layout=widgets.Layout(flex_flow="row wrap")), self.said])
+        self.owned, self.heard = (
+            widgets.Image(format="jpeg", layout=widgets.Layout(flex="0 0 auto", height=f"{size[0]}px", margin="0 0 0 8px")) for _ in range(2)
+        )
+        super().__init__(
+            [
+                widgets.HBox([self.rule, self.margin, self.overlap, self.reset]),
+                widgets.HBox([self.canvas, self.owned, self.heard], layout=widgets.Layout(flex_flow="row wrap")),
+                self.said,
+            ]
+        )
         for control, trait in ((self.canvas, "boxes"), (self.rule, "value"), (self.margin, "value")):
             control.observe(lambda _: self.update(), trait)
         self.reset.on_click(lambda _: setattr(self.canvas, "boxes", self.start))
@@ -330,7 +355,10 @@ class RegionPainter(widgets.VBox):
             self.mask = self.mask.unflatten(-1, (people, self.tokens)).flip(-2).flatten(-2)
         self.owned.value = jpeg_bytes(paint_owners(self.source, self.owners, self.token))
         self.heard.value = jpeg_bytes(paint_mask(self.mask, self.owners, people, size[0]))
-        self.said.value = notice("; ".join(f"face {k}: {int((self.owners == k).sum())} tokens" for k in range(1, people + 1)) + f"; background: {int((self.owners == 0).sum())}")
+        self.said.value = notice(
+            "; ".join(f"face {k}: {int((self.owners == k).sum())} tokens" for k in range(1, people + 1))
+            + f"; background: {int((self.owners == 0).sum())}"
+        )
 
 # %% ../nbs/14_playground.ipynb #cell-030
 def word_names(config: TokenConfig) -> list[str]:
@@ -362,7 +390,9 @@ def overheard(dit) -> Iterator[list[Tensor]]:  # filled with (b*t n e), block af
 
 
 @torch.no_grad()
-def listen_in(pipeline: PortraitPipeline, portrait, driver, frame: int = 0, steps: int = 4, seed: int = 0) -> tuple[Tensor, np.ndarray, tuple[int, int]]:
+def listen_in(
+    pipeline: PortraitPipeline, portrait, driver, frame: int = 0, steps: int = 4, seed: int = 0
+) -> tuple[Tensor, np.ndarray, tuple[int, int]]:
     "Attention (steps blocks n p*e) while one frame is made (of weights that make every frame by itself, as tiny does); the picture it is laid over; tokens down and across. Raises ValueError for other weights."
     if pipeline.settings.window:
         raise ValueError("want weights that make every frame by itself (tiny, mini), got weights with windows")
@@ -375,7 +405,11 @@ def listen_in(pipeline: PortraitPipeline, portrait, driver, frame: int = 0, step
     working, _, _ = fit_portrait(picture, face_boxes(find_people(picture)), pipeline.settings)
     blocks, token = len(pipeline.animator.dit.blocks), 8 * pipeline.animator.dit.config.patch[1]
     weights = torch.stack([w[0] for w in kept]).unflatten(0, (-1, blocks))  # frames of a window agree: the first
-    return weights, np.pad(made.frames[0], [(0, a - b) for a, b in zip(working.shape[:2], made.frames[0].shape[:2])] + [(0, 0)], mode="edge"), (working.shape[0] // token, working.shape[1] // token)
+    return (
+        weights,
+        np.pad(made.frames[0], [(0, a - b) for a, b in zip(working.shape[:2], made.frames[0].shape[:2])] + [(0, 0)], mode="edge"),
+        (working.shape[0] // token, working.shape[1] // token),
+    )
 
 # %% ../nbs/14_playground.ipynb #cell-036
 class AttentionViewer(widgets.VBox):
@@ -456,8 +490,12 @@ class PersonRow(widgets.HBox):
     "Who drives a person, and how strongly."
 
     def __init__(self, person: int, drivers: dict[str, object], chosen: str | None):
-        dial = lambda name: widgets.FloatSlider(1, min=0, max=2, step=0.1, description=name, readout_format=".1f", layout=widgets.Layout(width="220px"))  # noqa: E731
-        self.driver = widgets.Dropdown(options=["nobody", *drivers], value=chosen or "nobody", description=f"person {person}", layout=widgets.Layout(width="240px"))
+        dial = lambda name: widgets.FloatSlider(
+            1, min=0, max=2, step=0.1, description=name, readout_format=".1f", layout=widgets.Layout(width="220px")
+        )  # noqa: E731
+        self.driver = widgets.Dropdown(
+            options=["nobody", *drivers], value=chosen or "nobody", description=f"person {person}", layout=widgets.Layout(width="240px")
+        )
         self.mouth, self.emotion, self.overall = dial("mouth"), dial("emotion"), dial("overall")
         super().__init__([self.driver, self.mouth, self.emotion, self.overall])
 
@@ -475,14 +513,33 @@ class AnimatePanel(widgets.VBox):
         self.add_driver = widgets.FileUpload(accept="video/*", multiple=True, description="upload drivers", layout=widgets.Layout(width="auto"))
         self.shown = widgets.Image(format="jpeg", layout=widgets.Layout(height="160px", align_self="flex-start"))
         self.rows = widgets.VBox()
-        number = lambda name, value, low, high: widgets.BoundedIntText(value, min=low, max=high, description=name, layout=widgets.Layout(width="160px"))  # noqa: E731
-        self.frames, self.steps, self.seed = number("frames", frames, 1, 1000), number("steps", self.pipeline.settings.steps, 1, 100), number("seed", 0, 0, 2**31 - 1)
-        self.go, self.cancel = widgets.Button(description="animate", button_style="primary", icon="play"), widgets.Button(description="cancel", disabled=True)
+        number = lambda name, value, low, high: widgets.BoundedIntText(
+            value, min=low, max=high, description=name, layout=widgets.Layout(width="160px")
+        )  # noqa: E731
+        self.frames, self.steps, self.seed = (
+            number("frames", frames, 1, 1000),
+            number("steps", self.pipeline.settings.steps, 1, 100),
+            number("seed", 0, 0, 2**31 - 1),
+        )
+        self.go, self.cancel = (
+            widgets.Button(description="animate", button_style="primary", icon="play"),
+            widgets.Button(description="cancel", disabled=True),
+        )
         self.bar, self.said = widgets.FloatProgress(0, min=0, max=1), widgets.HTML()
         self.screen = widgets.VBox()
         self.animation: Animation | None = None
         self.stopped, self.thread = threading.Event(), None
-        super().__init__([widgets.HBox([self.portrait, self.add_portrait, self.add_driver]), self.shown, self.rows, widgets.HBox([self.frames, self.steps, self.seed]), widgets.HBox([self.go, self.cancel, self.bar]), self.said, self.screen])
+        super().__init__(
+            [
+                widgets.HBox([self.portrait, self.add_portrait, self.add_driver]),
+                self.shown,
+                self.rows,
+                widgets.HBox([self.frames, self.steps, self.seed]),
+                widgets.HBox([self.go, self.cancel, self.bar]),
+                self.said,
+                self.screen,
+            ]
+        )
         self.portrait.observe(lambda _: self.look(), "value")
         self.add_portrait.observe(lambda _: self.take(self.add_portrait, self.portraits, self.see_portrait), "value")
         self.add_driver.observe(lambda _: self.take(self.add_driver, self.drivers, self.see_driver), "value")
@@ -541,13 +598,23 @@ class AnimatePanel(widgets.VBox):
         if not driven:
             raise ValueError("want a driver for at least one person: choose one in the list beside the portrait")
         dials = {what: [getattr(row, what).value for row in self.rows.children] for what in ("mouth", "emotion", "overall")}
-        return dials | {"drivers": [self.drivers[row.driver.value] for _, row in driven], "assign": [k for k, _ in driven], "frames": self.frames.value, "steps": self.steps.value, "seed": self.seed.value}
+        return dials | {
+            "drivers": [self.drivers[row.driver.value] for _, row in driven],
+            "assign": [k for k, _ in driven],
+            "frames": self.frames.value,
+            "steps": self.steps.value,
+            "seed": self.seed.value,
+        }
 
     def watch(self, stage: str, share: float) -> None:
         "The bar; and the place where a film is given up."
         if self.stopped.is_set():
             raise Cancelled
-        self.bar.value = {"tracking drivers": 0.0, "denoising": 0.5, "decoding": 0.8}[stage] + share * {"tracking drivers": 0.5, "denoising": 0.3, "decoding": 0.2}[stage]
+        self.bar.value = {"tracking drivers": 0.0, "denoising": 0.5, "decoding": 0.8}[stage] + share * {
+            "tracking drivers": 0.5,
+            "denoising": 0.3,
+            "decoding": 0.2,
+        }[stage]
         self.said.value = notice(f"{stage} ...", "busy")
 
     def start(self) -> None:
@@ -583,7 +650,9 @@ class AnimatePanel(widgets.VBox):
         data = path.read_bytes()
         self.screen.children = [film_widget(data, 256), Download(data=data, layout=widgets.Layout(width="auto"))]
         held = sum(self.animation.held)
-        self.said.value = notice(f"{len(self.animation.frames)} frames in {seconds:.1f} s" + (f"; in {held} a driver's face was not seen and is held" if held else ""))
+        self.said.value = notice(
+            f"{len(self.animation.frames)} frames in {seconds:.1f} s" + (f"; in {held} a driver's face was not seen and is held" if held else "")
+        )
 
     def wait(self) -> Animation | None:
         "Until the thread is done; the film, or None."

@@ -47,7 +47,10 @@ from .vae import VAEConfig, VideoVAE, encode_stream
 DIFFUSERS = (  # released names -> diffusers', tried in this order
     (r"^(text|time)_embedding\.(\d)", lambda m: f"condition_embedder.{m[1]}_embedder.linear_{int(m[2]) // 2 + 1}"),
     (r"^time_projection\.1", "condition_embedder.time_proj"),
-    (r"^img_emb\.proj\.(\d)", lambda m: "condition_embedder.image_embedder." + dict(zip("0134", ("norm1", "ff.net.0.proj", "ff.net.2", "norm2")))[m[1]]),
+    (
+        r"^img_emb\.proj\.(\d)",
+        lambda m: "condition_embedder.image_embedder." + dict(zip("0134", ("norm1", "ff.net.0.proj", "ff.net.2", "norm2")))[m[1]],
+    ),
     (r"^head\.(head|modulation)", lambda m: {"head": "proj_out", "modulation": "scale_shift_table"}[m[1]]),
     (r"\.modulation$", ".scale_shift_table"),
     (r"self_attn", "attn1"),
@@ -227,7 +230,11 @@ def find_wan(folder: str | Path) -> WanFiles:
     if original:
         files |= {part: [folder / name] for part, name in ORIGINAL.items()}
     else:
-        files |= {"vae": shards(folder / "vae", "diffusion_pytorch_model"), "text": shards(folder / "text_encoder", "model"), "image": shards(folder / "image_encoder", "model")}
+        files |= {
+            "vae": shards(folder / "vae", "diffusion_pytorch_model"),
+            "text": shards(folder / "text_encoder", "model"),
+            "image": shards(folder / "image_encoder", "model"),
+        }
     tokenizer = folder / "google" / "umt5-xxl" if original else folder / "tokenizer"
     missing = [path for path in (config, *sum(files.values(), [])) if not path.is_file()] + ([] if tokenizer.is_dir() else [tokenizer])
     if missing:
@@ -240,7 +247,9 @@ def dit_config(config: Mapping, text_width: int, image_width: int | None) -> DiT
     heads = config.get("num_heads") or config.get("num_attention_heads")
     in_channels = config.get("in_dim") or config.get("in_channels")
     if not heads or in_channels != 36 or image_width is None:
-        raise ValueError(f"want Wan2.1's image-to-video DiT (36 channels in, an image memory), got {in_channels} channels and {'an' if image_width else 'no'} image memory")
+        raise ValueError(
+            f"want Wan2.1's image-to-video DiT (36 channels in, an image memory), got {in_channels} channels and {'an' if image_width else 'no'} image memory"
+        )
     return DiTConfig(
         in_channels=in_channels,
         out_channels=config.get("out_dim") or config["out_channels"],
@@ -286,7 +295,9 @@ def load_vae(files: WanFiles, device="cpu", dtype: torch.dtype | None = None) ->
     with torch.device("meta"):
         released = [name.removeprefix("model.") for name in VideoVAE(replace(VAEConfig.wan(), latents_mean=(), latents_std=())).release_state_dict()]
     back = {name: name for name in released} if files.original else vae_names(released)
-    where = weight_map([WeightFile(path) for path in files.vae], lambda found: {back.get(name.removeprefix("model."), name): place for name, place in found.items()})
+    where = weight_map(
+        [WeightFile(path) for path in files.vae], lambda found: {back.get(name.removeprefix("model."), name): place for name, place in found.items()}
+    )
     shapes = {name: file.shapes[stored] for name, (file, stored) in where.items()}
     if "encoder.conv1.weight" not in shapes:
         raise ValueError(f"{files.vae[0]} does not hold Wan2.1's VAE: no encoder.conv1.weight among {len(shapes)} tensors")
@@ -368,7 +379,11 @@ def config_of(files: WanFiles, part: str) -> dict:
     path = files.folder / part / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return {name: value for name, value in json.loads(path.read_text()).items() if name not in ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version")}
+    return {
+        name: value
+        for name, value in json.loads(path.read_text()).items()
+        if name not in ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version")
+    }
 
 # %% ../nbs/13_pretrained.ipynb #cell-036
 def empty_of(kind: type, config) -> nn.Module:
@@ -389,7 +404,14 @@ def load_text_encoder(files: WanFiles, device="cpu", dtype: torch.dtype | None =
     if files.original:
         (vocab, width), heads = shape("shared.weight"), shape(first + "0.SelfAttention.relative_attention_bias.weight")[1]
         layers = len({name.split(".")[2] for name in where if name.startswith("encoder.block.")})
-        config = dict(vocab_size=vocab, d_model=width, num_heads=heads, d_kv=shape(first + "0.SelfAttention.q.weight")[0] // heads, num_layers=layers, d_ff=shape(first + "1.DenseReluDense.wi_0.weight")[0])
+        config = dict(
+            vocab_size=vocab,
+            d_model=width,
+            num_heads=heads,
+            d_kv=shape(first + "0.SelfAttention.q.weight")[0] // heads,
+            num_layers=layers,
+            d_ff=shape(first + "1.DenseReluDense.wi_0.weight")[0],
+        )
     else:
         config = config_of(files, "text_encoder")
     model = empty_of(UMT5EncoderModel, UMT5Config(**config))
@@ -410,7 +432,15 @@ def load_image_encoder(files: WanFiles, device="cpu", dtype: torch.dtype | None 
     if files.original:
         (width, _, _, patch), places = shape("embeddings.patch_embedding.weight"), shape("embeddings.position_embedding.weight")[0]
         layers = len({name.split(".")[2] for name in where if name.startswith("encoder.layers.")})
-        config = dict(hidden_size=width, num_attention_heads=max(1, width // 80), num_hidden_layers=layers, intermediate_size=shape("encoder.layers.0.mlp.fc1.weight")[0], patch_size=patch, image_size=patch * math.isqrt(places - 1), hidden_act="gelu")
+        config = dict(
+            hidden_size=width,
+            num_attention_heads=max(1, width // 80),
+            num_hidden_layers=layers,
+            intermediate_size=shape("encoder.layers.0.mlp.fc1.weight")[0],
+            patch_size=patch,
+            image_size=patch * math.isqrt(places - 1),
+            hidden_act="gelu",
+        )
     else:
         config = config_of(files, "image_encoder")
     model = empty_of(CLIPVisionModel, CLIPVisionConfig(**config))
@@ -474,14 +504,23 @@ def token_config(shapes: Mapping[str, tuple]) -> TokenConfig:
     depth = len({name.split(".")[2] for name in shapes if name.startswith("mouth_proj_model.layers.")})
     first = "mouth_proj_model.layers.0."
     queries = (("head", 4), ("eyes", 4), ("emotion", shapes["emo_proj_model.latents"][1]), ("mouth", shapes["mouth_proj_model.latents"][1]))
-    return TokenConfig(width, ("mouth", "emotion"), queries, inner, depth, shapes[first + "0.to_q.weight"][0] // 64, 64, shapes[first + "1.1.weight"][0] // inner)
+    return TokenConfig(
+        width, ("mouth", "emotion"), queries, inner, depth, shapes[first + "0.to_q.weight"][0] // 64, 64, shapes[first + "1.1.weight"][0] // inner
+    )
 
 
 def load_release_adapter(path: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Adapter:
     "FantasyPortrait's adapter, from the released .ckpt or a .safetensors with the same names. Raises FileNotFoundError, ValueError."
     file = WeightFile(path)
     where = {re.sub(r"^ip_adapter\.(.*cross_attn\.)(?:processor\.)?", r"ip_adapter.\1processor.", name): (file, name) for name in file.shapes}
-    needed = ("proj_model.norm.weight", "mouth_proj_model.proj_in.weight", "mouth_proj_model.latents", "emo_proj_model.latents", "mouth_proj_model.layers.0.0.to_q.weight", "mouth_proj_model.layers.0.1.1.weight")
+    needed = (
+        "proj_model.norm.weight",
+        "mouth_proj_model.proj_in.weight",
+        "mouth_proj_model.latents",
+        "emo_proj_model.latents",
+        "mouth_proj_model.layers.0.0.to_q.weight",
+        "mouth_proj_model.layers.0.1.1.weight",
+    )
     parts = [part for part in ADAPTER if not any(name.startswith(part + ".") for name in where)]
     if parts or any(name not in where for name in needed):
         raise ValueError(f"{path} is not the release's adapter: want {', '.join(ADAPTER)}; without {listed(parts or set(needed) - set(where))}")
@@ -490,7 +529,9 @@ def load_release_adapter(path: str | Path, device="cpu", dtype: torch.dtype | No
         tokens = ExpressionTokens(token_config(shapes))
     ours = dict(zip(tokens.release_state_dict(), tokens.state_dict()))
     load_into(tokens, {ours.get(name, name): place for name, place in where.items() if not name.startswith("ip_adapter.")}, device, dtype, kept="$^")
-    memories = {name.removeprefix("ip_adapter."): file.read(stored, device, dtype) for name, (_, stored) in where.items() if name.startswith("ip_adapter.")}
+    memories = {
+        name.removeprefix("ip_adapter."): file.read(stored, device, dtype) for name, (_, stored) in where.items() if name.startswith("ip_adapter.")
+    }
     return Adapter(tokens, memories, Path(path))
 
 # %% ../nbs/13_pretrained.ipynb #cell-046
@@ -501,10 +542,14 @@ def encoder_config(shapes: Mapping[str, tuple]) -> ExpressionConfig:
     depth = len({name.split(".")[2] for name in shapes if re.match(r"model\.m0\.b1_\d", name)})
     side = math.isqrt(flat // readout)
     embed = shapes["mouth_embed.1.weight"][0] if "mouth_embed.1.weight" in shapes else 0
-    return ExpressionConfig(8 * side, 4 * shapes["model.conv1.weight"][0], depth, shapes["model.l0.weight"][0], readout, hidden, embed, keep_roll=False)
+    return ExpressionConfig(
+        8 * side, 4 * shapes["model.conv1.weight"][0], depth, shapes["model.l0.weight"][0], readout, hidden, embed, keep_roll=False
+    )
 
 
-def load_release_encoder(path: str | Path, device="cpu", ignore: str = "$^") -> ExpressionEncoder:  # ignore: a pattern of names that may lie in the file unused
+def load_release_encoder(
+    path: str | Path, device="cpu", ignore: str = "$^"
+) -> ExpressionEncoder:  # ignore: a pattern of names that may lie in the file unused
     "The release's expression encoder. Raises FileNotFoundError, ValueError that names what does not fit."
     file = WeightFile(path)
     where = {name.removeprefix("module."): (file, name) for name in file.shapes if not re.search(ignore, name)}
@@ -556,7 +601,11 @@ def toy_networks(seed: int = 0, layers: int = 2) -> dict[str, nn.Module]:
         "dit": DiT(DiTConfig(width=256, ffn=512, heads=2, layers=layers, text_width=64, image_width=160)),
         "vae": VideoVAE(replace(VAEConfig.wan(), widths=(8, 16, 32, 32))),
         "text": UMT5EncoderModel(UMT5Config(vocab_size=300, d_model=64, d_kv=16, d_ff=96, num_heads=4, num_layers=2)),
-        "image": CLIPVisionModel(CLIPVisionConfig(hidden_size=160, num_attention_heads=2, num_hidden_layers=3, intermediate_size=320, patch_size=14, image_size=224, hidden_act="gelu")),
+        "image": CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=160, num_attention_heads=2, num_hidden_layers=3, intermediate_size=320, patch_size=14, image_size=224, hidden_act="gelu"
+            )
+        ),
         "tokens": ExpressionTokens(TokenConfig(width=64, resampler_width=64, depth=1, heads=1)),
         "encoder": ExpressionEncoder(replace(ExpressionConfig.pd_fgc(), width=32, hidden=64, heatmaps=16)),
     }
@@ -583,7 +632,19 @@ def write_original(folder: Path, networks: dict) -> None:
     "Wan's own layout."
     dit, c = networks["dit"], networks["dit"].config
     save_shards(dit.release_state_dict(), folder, "diffusion_pytorch_model", 3)
-    config = {"_class_name": "WanModel", "model_type": "i2v", "dim": c.width, "ffn_dim": c.ffn, "freq_dim": c.frequencies, "in_dim": c.in_channels, "out_dim": c.out_channels, "num_heads": c.heads, "num_layers": c.layers, "text_len": c.text_tokens, "eps": c.eps}
+    config = {
+        "_class_name": "WanModel",
+        "model_type": "i2v",
+        "dim": c.width,
+        "ffn_dim": c.ffn,
+        "freq_dim": c.frequencies,
+        "in_dim": c.in_channels,
+        "out_dim": c.out_channels,
+        "num_heads": c.heads,
+        "num_layers": c.layers,
+        "text_len": c.text_tokens,
+        "eps": c.eps,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     save_pickle({name.removeprefix("model."): p for name, p in networks["vae"].release_state_dict().items()}, folder / ORIGINAL["vae"])
     text = {inverted(T5_NAMES, name): p for name, p in networks["text"].state_dict().items() if name != "encoder.embed_tokens.weight"}
@@ -595,7 +656,10 @@ def write_original(folder: Path, networks: dict) -> None:
             image[f"visual.transformer.{k}.attn.to_qkv.{leaf}"] = torch.cat(joint)
     image = {inverted(CLIP_NAMES, name): p for name, p in image.items()}
     image["visual.cls_embedding"], image["visual.pos_embedding"] = image["visual.cls_embedding"][None, None], image["visual.pos_embedding"][None]
-    save_pickle(image | {"visual.head": torch.zeros(4, 4), "textual.token_embedding.weight": torch.zeros(4, 4), "log_scale": torch.zeros(())}, folder / ORIGINAL["image"])
+    save_pickle(
+        image | {"visual.head": torch.zeros(4, 4), "textual.token_embedding.weight": torch.zeros(4, 4), "log_scale": torch.zeros(())},
+        folder / ORIGINAL["image"],
+    )
     write_tokenizer(folder / "google" / "umt5-xxl")
 
 # %% ../nbs/13_pretrained.ipynb #cell-054
@@ -605,16 +669,38 @@ def write_diffusers(folder: Path, networks: dict) -> None:
 
     dit, c = networks["dit"], networks["dit"].config
     save_shards({diffusers_name(name): p for name, p in dit.release_state_dict().items()}, folder / "transformer", "diffusion_pytorch_model", 4)
-    config = {"_class_name": "WanTransformer3DModel", "patch_size": c.patch, "num_attention_heads": c.heads, "attention_head_dim": c.width // c.heads, "in_channels": c.in_channels, "out_channels": c.out_channels, "text_dim": c.text_width, "freq_dim": c.frequencies, "ffn_dim": c.ffn, "num_layers": c.layers, "cross_attn_norm": True, "eps": c.eps, "image_dim": c.image_width, "added_kv_proj_dim": c.width}
+    config = {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": c.patch,
+        "num_attention_heads": c.heads,
+        "attention_head_dim": c.width // c.heads,
+        "in_channels": c.in_channels,
+        "out_channels": c.out_channels,
+        "text_dim": c.text_width,
+        "freq_dim": c.frequencies,
+        "ffn_dim": c.ffn,
+        "num_layers": c.layers,
+        "cross_attn_norm": True,
+        "eps": c.eps,
+        "image_dim": c.image_width,
+        "added_kv_proj_dim": c.width,
+    }
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
     released = {name.removeprefix("model."): p for name, p in networks["vae"].release_state_dict().items()}
     (folder / "vae").mkdir(exist_ok=True)
-    save_file({theirs: released[name].contiguous() for theirs, name in vae_names(released).items()}, folder / "vae" / "diffusion_pytorch_model.safetensors")
-    (folder / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", "base_dim": networks["vae"].config.widths[0], "z_dim": 16, "dim_mult": [1, 2, 4, 4]}))
+    save_file(
+        {theirs: released[name].contiguous() for theirs, name in vae_names(released).items()}, folder / "vae" / "diffusion_pytorch_model.safetensors"
+    )
+    (folder / "vae" / "config.json").write_text(
+        json.dumps({"_class_name": "AutoencoderKLWan", "base_dim": networks["vae"].config.widths[0], "z_dim": 16, "dim_mult": [1, 2, 4, 4]})
+    )
     for part in ("text", "image"):
         place = folder / f"{part}_encoder"
         networks[part].config.save_pretrained(place)
-        save_file({name: p.contiguous() for name, p in networks[part].state_dict().items() if name != "encoder.embed_tokens.weight"}, place / "model.safetensors")
+        save_file(
+            {name: p.contiguous() for name, p in networks[part].state_dict().items() if name != "encoder.embed_tokens.weight"},
+            place / "model.safetensors",
+        )
     write_tokenizer(folder / "tokenizer")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanImageToVideoPipeline"}))
 
@@ -671,7 +757,9 @@ def grey_film(vae: VideoVAE, picture: np.ndarray, frames: int) -> Tensor:  # uin
 REGIONS = ("trained", "isolated", "release")
 
 
-def people_mask(owners: Tensor, people: int, tokens: int, keep: Tensor, regions: str) -> Tensor | None:  # (t n) -> (1 t n people*tokens) bool, people in natural order
+def people_mask(
+    owners: Tensor, people: int, tokens: int, keep: Tensor, regions: str
+) -> Tensor | None:  # (t n) -> (1 t n people*tokens) bool, people in natural order
     "Who may attend, after one of three rules; None: everybody to everything. Raises ValueError for another rule."
     if regions not in REGIONS:
         raise ValueError(f"want regions out of {', '.join(REGIONS)}, got {regions!r}")
@@ -704,7 +792,9 @@ class WanAnimator(nn.Module):
         mask = people_mask(owners, len(features), tokens.shape[2], keep, self.regions)
         return rearrange(tokens, "p t e d -> 1 t (p e) d").to(self.dtype), mask
 
-    def velocity(self, condition: Tensor, features: Tensor, owners: Tensor, text: Tensor, image: Tensor, config: PipelineConfig, branch: Callable = nullcontext) -> Callable:
+    def velocity(
+        self, condition: Tensor, features: Tensor, owners: Tensor, text: Tensor, image: Tensor, config: PipelineConfig, branch: Callable = nullcontext
+    ) -> Callable:
         "(x (1 c t h w), time (1,), scale) -> velocity (1 c t h w); windows of `config.window` latent frames beside the first are blended. condition (1 4+c t' h w), features (p 1+4n 554), owners (2 n); `branch(name)` is a context around each forward."
         length = (features.shape[1] - 1) // 4
         n = min(config.window, length)
@@ -712,7 +802,9 @@ class WanAnimator(nn.Module):
         each = torch.cat([owners[:1], owners[1:].expand(n, -1)])
         heard = [self.listen(torch.cat([features[:, :1], features[:, 4 * s + 1 : 4 * (s + n) + 1]], 1), each) for s in starts]
         fixed = dict(text=text.to(self.dtype), image=image.to(self.dtype))
-        memories = [self.dit.prepare(expression=heard[0][0], **fixed)] if len(starts) == 1 else [None] * len(starts)  # of a long film they would be too many
+        memories = (
+            [self.dit.prepare(expression=heard[0][0], **fixed)] if len(starts) == 1 else [None] * len(starts)
+        )  # of a long film they would be too many
         condition = condition[:, :, : n + 1].to(self.dtype)
 
         def velocity(x: Tensor, t: Tensor, scale: float = 1.0) -> Tensor:
@@ -746,7 +838,9 @@ def reach(portrait: Tensor, driver: Tensor) -> Tensor:  # (4,), (f 4) -> (4,)
     return portrait + torch.tensor([-1.0, -1.0, 1.0, 1.0]) * share * (portrait[2:] - portrait[:2]).repeat(2)
 
 
-def face_owners(boxes: Tensor, cast: Cast, size: tuple[int, int], token: int) -> Tensor:  # (p 4), h, w in pixels -> (2 n): of frame 0, of all later ones
+def face_owners(
+    boxes: Tensor, cast: Cast, size: tuple[int, int], token: int
+) -> Tensor:  # (p 4), h, w in pixels -> (2 n): of frame 0, of all later ones
     "Whose face each token shows, for the whole film: the release's boxes, chapter 07's owners."
     boxes = boxes.clone()
     for track, person in zip(cast.tracks, cast.assign):
@@ -757,7 +851,18 @@ def face_owners(boxes: Tensor, cast: Cast, size: tuple[int, int], token: int) ->
 class WanPipeline(PortraitPipeline):
     "Portrait and drivers -> film, by Wan2.1-I2V and the release's adapter."
 
-    def __init__(self, vae, encoder, animator: WanAnimator, text_encoder, image_encoder, tokenizer, settings: PipelineConfig, prompt: str = "", reuse: float = 0.0):
+    def __init__(
+        self,
+        vae,
+        encoder,
+        animator: WanAnimator,
+        text_encoder,
+        image_encoder,
+        tokenizer,
+        settings: PipelineConfig,
+        prompt: str = "",
+        reuse: float = 0.0,
+    ):
         super().__init__(vae, encoder, animator, settings)
         self.text_encoder, self.image_encoder, self.tokenizer = text_encoder.eval(), image_encoder.eval(), tokenizer
         self.prompt, self.reuse, self.streamed = prompt, reuse, False
@@ -805,8 +910,17 @@ class WanPipeline(PortraitPipeline):
 
     def denoise(self, condition, features, owners, text, image, how: PipelineConfig, seed: int, show: bool) -> Tensor:  # (1 c 1+n h w)
         "From noise to the film's latents."
-        noise = torch.randn(1, self.animator.dit.config.out_channels, 1 + (features.shape[1] - 1) // 4, *condition.shape[-2:], generator=torch.Generator().manual_seed(seed)).to(condition.device)
-        with first_block_cache(self.animator.dit, self.reuse) if self.reuse else nullcontext(nullcontext) as branch, tqdm(total=how.steps, desc="denoising", unit="step", disable=not show) as bar:
+        noise = torch.randn(
+            1,
+            self.animator.dit.config.out_channels,
+            1 + (features.shape[1] - 1) // 4,
+            *condition.shape[-2:],
+            generator=torch.Generator().manual_seed(seed),
+        ).to(condition.device)
+        with (
+            first_block_cache(self.animator.dit, self.reuse) if self.reuse else nullcontext(nullcontext) as branch,
+            tqdm(total=how.steps, desc="denoising", unit="step", disable=not show) as bar,
+        ):
             velocity = self.animator.velocity(condition, features, owners, text, image, how, branch)
             guided_velocity = guided(lambda x, t: velocity(x, t, 0.0), velocity, how.guidance, how.interval)
 
@@ -837,7 +951,16 @@ def wan_pipeline(
     first = device if memory == "gpu" else "cpu"
     released, listener = load_release_adapter(adapter, "cpu", dtype), load_release_encoder(encoder or Path(adapter).parent / "pd_fpg.pth", "cpu")
     wan = load_wan(folder, first, dtype, show)
-    settings = PipelineConfig(most_pixels=SIZES[size], window=20, overlap=4, steps=30, guidance=4.0, prediction="velocity", crop=listener.config.image_size, keep_roll=listener.config.keep_roll)
+    settings = PipelineConfig(
+        most_pixels=SIZES[size],
+        window=20,
+        overlap=4,
+        steps=30,
+        guidance=4.0,
+        prediction="velocity",
+        crop=listener.config.image_size,
+        keep_roll=listener.config.keep_roll,
+    )
     animator = WanAnimator(released.attach(wan.dit), released.tokens, regions)
     for block in wan.dit.blocks if compiled else ():
         block.compile()
@@ -887,7 +1010,9 @@ class Sizes(NamedTuple):
 
 
 WAN_TEXT = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
-WAN_IMAGE = dict(hidden_size=1280, num_attention_heads=16, num_hidden_layers=32, intermediate_size=5120, patch_size=14, image_size=224, hidden_act="gelu")
+WAN_IMAGE = dict(
+    hidden_size=1280, num_attention_heads=16, num_hidden_layers=32, intermediate_size=5120, patch_size=14, image_size=224, hidden_act="gelu"
+)
 
 
 def count_bytes(model: nn.Module, width: int = 2) -> int:
@@ -902,8 +1027,15 @@ def wan_sizes(grid: tuple[int, int, int] = (21, 30, 52), people: int = 2, unit: 
 
     with torch.device("meta"):
         dit = add_expression(DiT(DiTConfig.wan_14b()), 2048)
-        others = {"text encoder": count_bytes(UMT5EncoderModel(UMT5Config(**WAN_TEXT))), "image encoder": count_bytes(CLIPVisionModel(CLIPVisionConfig(**WAN_IMAGE)))}
-        others |= {"tokens": count_bytes(ExpressionTokens(TokenConfig.release())), "expression encoder": count_bytes(ExpressionEncoder(ExpressionConfig.pd_fgc()), 4), "vae": count_bytes(VideoVAE(replace(VAEConfig.wan(), latents_mean=(), latents_std=())), 4)}
+        others = {
+            "text encoder": count_bytes(UMT5EncoderModel(UMT5Config(**WAN_TEXT))),
+            "image encoder": count_bytes(CLIPVisionModel(CLIPVisionConfig(**WAN_IMAGE))),
+        }
+        others |= {
+            "tokens": count_bytes(ExpressionTokens(TokenConfig.release())),
+            "expression encoder": count_bytes(ExpressionEncoder(ExpressionConfig.pd_fgc()), 4),
+            "vae": count_bytes(VideoVAE(replace(VAEConfig.wan(), latents_mean=(), latents_std=())), 4),
+        }
     c, heard = dit.config, 2 + 257 + grid[0] * 97 * people  # places of text, image and expression
     largest = 2 * max(p.numel() for p in dit.parameters())
     return Sizes(count_bytes(dit), others, largest, c.layers * 2 * heard * c.width * 2, int(unit * math.prod(grid) * c.width * 2))
@@ -911,7 +1043,13 @@ def wan_sizes(grid: tuple[int, int, int] = (21, 30, 52), people: int = 2, unit: 
 
 def predicted_peak(sizes: Sizes, mode: str) -> float:
     "GB on the GPU while the DiT works, in one of the ways of `MEMORY`."
-    held = {"gpu": sizes.dit + sum(sizes.others.values()), "parts": sizes.dit, "float8": sizes.dit / 2, "groups": 3 * sizes.layer, "sequential": 2 * sizes.layer}
+    held = {
+        "gpu": sizes.dit + sum(sizes.others.values()),
+        "parts": sizes.dit,
+        "float8": sizes.dit / 2,
+        "groups": 3 * sizes.layer,
+        "sequential": 2 * sizes.layer,
+    }
     return (held[mode] + sizes.memories + sizes.activations) / 1e9
 
 # %% ../nbs/13_pretrained.ipynb #cell-087
@@ -930,7 +1068,9 @@ def peak_of_forward(dit: DiT, grid: tuple[int, int, int], **heard) -> int:  # by
     return peak
 
 # %% ../nbs/13_pretrained.ipynb #cell-092
-def dit_flops(config: DiTConfig, grid: tuple[int, int, int], text: int = 2, image: int = 257, expression: int = 0) -> dict[str, int]:  # expression: tokens that a latent frame's tokens hear
+def dit_flops(
+    config: DiTConfig, grid: tuple[int, int, int], text: int = 2, image: int = 257, expression: int = 0
+) -> dict[str, int]:  # expression: tokens that a latent frame's tokens hear
     "Floating-point operations of one forward with prepared memories: twice the multiplications in every matrix product."
     n, d, layers = math.prod(grid), config.width, config.layers
     patch = math.prod(config.patch)
@@ -949,7 +1089,9 @@ def introduce_blocks() -> None:
     "Tell diffusers' caches what our block's arguments mean. Imports diffusers."
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
-    TransformerBlockRegistry.register(Block, TransformerBlockMetadata(return_hidden_states_index=0, _cls=Block, _cached_parameter_indices={"hidden_states": 0}))
+    TransformerBlockRegistry.register(
+        Block, TransformerBlockMetadata(return_hidden_states_index=0, _cls=Block, _cached_parameter_indices={"hidden_states": 0})
+    )
 
 
 @contextmanager

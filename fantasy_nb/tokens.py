@@ -132,7 +132,9 @@ class ExpressionTokens(nn.Module):
         "The three dials and `rest` are those of `strengthen`; place=False: frames that are no part of a window."
         x = features if isinstance(features, Features) else Features.unpack(features)
         if self.place is not None and place and x.head.ndim != 3:
-            raise ValueError(f"want features (b f 554) to know each frame's place, got {tuple(x.head.shape[:-1])} + (554,): add a batch axis, or place=False")
+            raise ValueError(
+                f"want features (b f 554) to know each frame's place, got {tuple(x.head.shape[:-1])} + (554,): add a batch axis, or place=False"
+            )
         x = strengthen(x, mouth, emotion, overall, rest)
         linear = self.norm(torch.stack([project(getattr(x, name)) for name, project in self.linear.items()], -2))
         learnable = []

@@ -75,7 +75,9 @@ def face_landmarker(
 ):
     "The same function from a newer MediaPipe and a FaceLandmarker file. Raises FileNotFoundError, or ValueError where MediaPipe cannot."
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no FaceLandmarker file {path}: give the path of a .task file, or leave backend out for MediaPipe 0.10.21's own models")
+        raise FileNotFoundError(
+            f"no FaceLandmarker file {path}: give the path of a .task file, or leave backend out for MediaPipe 0.10.21's own models"
+        )
     import mediapipe
 
     vision = getattr(getattr(mediapipe, "tasks", None), "vision", None)

@@ -283,18 +283,39 @@ class NewViews:
         matrix = torch.cat([torch.diag_embed((1 / zoom)[:, None].expand(b, 2)), shift[:, :, None]], 2).to(moments)
         every = torch.cat([torch.arange(b), scene])  # a portrait for each scene, then its moments
         before = torch.cat([portrait[::count], moments])
-        seen = F.grid_sample(self.pixels(before), F.affine_grid(matrix[every], (len(every), 3, 8 * h, 8 * w), align_corners=False), mode="bicubic", padding_mode="border", align_corners=False)
+        seen = F.grid_sample(
+            self.pixels(before),
+            F.affine_grid(matrix[every], (len(every), 3, 8 * h, 8 * w), align_corners=False),
+            mode="bicubic",
+            padding_mode="border",
+            align_corners=False,
+        )
         seen = ((seen.clamp(-1, 1) + 1) * lamp[every, :, None, None].to(seen) - 1).clamp(-1, 1)
         after = torch.where(on[every].view(-1, 1, 1, 1).to(seen) > 0, self.latents(seen), before)
         weight = F.grid_sample(weight, F.affine_grid(matrix[scene], weight.shape, align_corners=False), padding_mode="border", align_corners=False)
-        return batch | {"portrait": after[:b][scene][:, :, None], "latents": after[b:][:, :, None], "weight": weight[:, :, None], "owners": self.moved_owners(batch["owners"], matrix[scene], (h, w))}
+        return batch | {
+            "portrait": after[:b][scene][:, :, None],
+            "latents": after[b:][:, :, None],
+            "weight": weight[:, :, None],
+            "owners": self.moved_owners(batch["owners"], matrix[scene], (h, w)),
+        }
 
     @staticmethod
     def moved_owners(owners: Tensor, matrix: Tensor, size: tuple[int, int]) -> Tensor:  # (n 1 tokens)
         "Each person's region, moved as well; where someone would lose the last token, all stay as they were."
         n, side = len(owners), round((size[0] * size[1] / owners.shape[-1]) ** 0.5)
         before = owners.view(n, 1, size[0] // side, size[1] // side)
-        after = F.grid_sample(before.float(), F.affine_grid(matrix, before.shape, align_corners=False).float(), mode="nearest", padding_mode="border", align_corners=False).round().to(owners.dtype)
+        after = (
+            F.grid_sample(
+                before.float(),
+                F.affine_grid(matrix, before.shape, align_corners=False).float(),
+                mode="nearest",
+                padding_mode="border",
+                align_corners=False,
+            )
+            .round()
+            .to(owners.dtype)
+        )
         same = torch.tensor([torch.equal(a.unique(), b.unique()) for a, b in zip(after, before)], device=owners.device)
         return torch.where(same.view(-1, 1, 1, 1), after, before).view_as(owners)
 
@@ -435,14 +456,18 @@ def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainCon
     batch = pick_moments(batch, g) if stills else batch | {"portrait": batch["latents"][:, :, :1]}
     batch = views(batch, g, config.new_views) if stills and views and config.new_views else batch
     latents, b = batch["latents"], len(batch["latents"])
-    scale, image_scale, text_scale = ((torch.rand(b, generator=g) >= share).float().to(latents.device) for share in (config.drop_expression, config.drop_image, config.drop_text))
+    scale, image_scale, text_scale = (
+        (torch.rand(b, generator=g) >= share).float().to(latents.device) for share in (config.drop_expression, config.drop_image, config.drop_text)
+    )
     text = batch["text"] * text_scale[:, None, None] if "text" in batch else None
     t = uniform_times(b, config.shift, g)
     t = torch.where(torch.rand(b, generator=g) < config.pure_noise, 1.0, t).to(latents.device)
 
     def model(x_t, t):
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=config.bf16):
-            return animator(x_t, t, batch["portrait"], batch["features"], batch["owners"], scale, stills, image_scale if config.drop_image else None, text).float()
+            return animator(
+                x_t, t, batch["portrait"], batch["features"], batch["owners"], scale, stills, image_scale if config.drop_image else None, text
+            ).float()
 
     noise = torch.randn(latents.shape, generator=g).to(latents.device)
     if config.loss == "latents":
@@ -468,7 +493,9 @@ def make_accelerator():
     "Accelerate's view of this process: alone, or one of several. Imports accelerate."
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    return Accelerator(cpu=default_device().type == "cpu", device_placement=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    return Accelerator(
+        cpu=default_device().type == "cpu", device_placement=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+    )
 
 
 def whole(state: dict) -> dict:
@@ -503,7 +530,9 @@ def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config:
     if changed:
         raise ValueError(f"{path} belongs to another run: {changed} (stored, asked for); start a new run or keep its settings")
     set_model_state_dict(animator, state["model"], options=StateDictOptions(full_state_dict=True))
-    set_optimizer_state_dict(animator, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True, strict=False))  # a parameter without a gradient so far has no state
+    set_optimizer_state_dict(
+        animator, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True, strict=False)
+    )  # a parameter without a gradient so far has no state
     ema.steps, ema.shadow = state["step"], spread_like({k: v.clone() for k, v in state["ema"].items()}, ema.shadow)
     return state["step"]
 
@@ -551,12 +580,16 @@ def check_run(config: TrainConfig, world: int, decode, views=None) -> None:
     if config.batch % world:
         raise ValueError(f"want a batch that {world} processes can share, got {config.batch}")
     if config.loss not in ("latents", "pixels") or (config.loss == "pixels" and (decode is None or config.prediction != "clean")):
-        raise ValueError(f'want loss="latents", or loss="pixels" with prediction="clean" and a decoder, got {config.loss!r}, {config.prediction!r}, decode={decode}')
+        raise ValueError(
+            f'want loss="latents", or loss="pixels" with prediction="clean" and a decoder, got {config.loss!r}, {config.prediction!r}, decode={decode}'
+        )
     if not 0 <= config.new_views <= 1 or (config.new_views and views is None):
         raise ValueError(f"want new_views between 0 and 1, and NewViews if it is not 0, got {config.new_views}, views={views}")
 
 # %% ../nbs/10_train.ipynb #cell-051
-def one_step(model, optimizer, batch: dict[str, Tensor], config: TrainConfig, step: int, accelerator, decode, views=None) -> tuple:  # FlowLoss, gradient norm
+def one_step(
+    model, optimizer, batch: dict[str, Tensor], config: TrainConfig, step: int, accelerator, decode, views=None
+) -> tuple:  # FlowLoss, gradient norm
     "Loss, gradients (averaged over processes), a step of the optimiser. Raises FloatingPointError for a loss that is not a number."
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step) * group["share"]
@@ -652,7 +685,12 @@ STAGES = {  # what to learn from, and how
     "base": (("stills", "clips"), TrainConfig(steps=10500, pure_noise=0.2, drop_expression=1.0, drop_image=0.2, learn_expression=0.0)),
     "adapter": (("stills", "clips"), TrainConfig(steps=10500, pure_noise=0.8, drop_expression=0.2, drop_image=0.2, learn_base=0.0)),
 }
-ONE_AFTER_THE_OTHER = ("small", "stills", "clips", "mixed")  # what `fantasy-train` does if no stage is named; tiny has no small pictures and begins with stills
+ONE_AFTER_THE_OTHER = (
+    "small",
+    "stills",
+    "clips",
+    "mixed",
+)  # what `fantasy-train` does if no stage is named; tiny has no small pictures and begins with stills
 
 # %% ../nbs/10_train.ipynb #cell-070
 class Watcher:
@@ -711,7 +749,9 @@ class Watcher:
         batch = pick_moments(batch, torch.Generator().manual_seed(0), 1) if stills else batch | {"portrait": batch["latents"][:, :, :1]}
         truth = batch["latents"]
         noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0)).to(device)
-        velocity = lambda x, t: to_velocity(x, t, animator(x, t.expand(len(x)), batch["portrait"], batch["features"], batch["owners"], 1.0, stills), self.config.prediction)  # noqa: E731
+        velocity = lambda x, t: to_velocity(
+            x, t, animator(x, t.expand(len(x)), batch["portrait"], batch["features"], batch["owners"], 1.0, stills), self.config.prediction
+        )  # noqa: E731
         made = euler(velocity, noise, time_grid(1 if self.config.prediction == "clean" else 8, self.config.shift))
         films = [self.vae.decode(x.to(next(self.vae.parameters()).device))[:, :, -1] for x in (batch["portrait"], truth, made)]
         sheets = ((torch.cat(films, -1) + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -729,33 +769,84 @@ class Watcher:
 # %% ../nbs/10_train.ipynb #cell-073
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
-    parser = OneLineParser("fantasy-train", description="Train the animator (DiT, expression memory and tokens) on synthetic or curated clips; VAE and encoder weights must exist.")
+    parser = OneLineParser(
+        "fantasy-train",
+        description="Train the animator (DiT, expression memory and tokens) on synthetic or curated clips; VAE and encoder weights must exist.",
+    )
     parser.add_argument("--config", choices=list(PICTURES), default="tiny", help="size of the model (default: tiny)")
-    parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="small: unrelated moments in small pictures (mini only), quick to draw and to learn; stills: the same in full size; clips: motion; mixed: both; default: these, one after the other. base: both without any expression; adapter: the expression alone, on a frozen base (--init)")
-    parser.add_argument("--init", type=Path, default=None, help="folder with dit/ and tokens/ to start from, as an earlier stage wrote them (default: random weights)")
+    parser.add_argument(
+        "--stage",
+        choices=["all", *STAGES],
+        default="all",
+        help="small: unrelated moments in small pictures (mini only), quick to draw and to learn; stills: the same in full size; clips: motion; mixed: both; default: these, one after the other. base: both without any expression; adapter: the expression alone, on a frozen base (--init)",
+    )
+    parser.add_argument(
+        "--init", type=Path, default=None, help="folder with dit/ and tokens/ to start from, as an earlier stage wrote them (default: random weights)"
+    )
     parser.add_argument("--parts", type=Path, default=None, help="folder with vae/ and encoder/ weights (default: the shipped ones of this config)")
     parser.add_argument("--encoder", type=Path, default=None, help="folder of the expression encoder to listen to (default: encoder/ in --parts)")
-    parser.add_argument("--run", type=Path, default=None, help="folder of checkpoint, log, samples and cache, with all stages one inside it for each (default: runs/CONFIG)")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=None,
+        help="folder of checkpoint, log, samples and cache, with all stages one inside it for each (default: runs/CONFIG)",
+    )
     parser.add_argument("--cache", type=Path, default=None, help="folder of encoded pictures, one in it for each kind (default: RUN/cache)")
-    parser.add_argument("--clips", type=int, default=None, help="scenes to render and encode into the cache, if they are not there yet (default: the config's, 1500 to 3450)")
-    parser.add_argument("--data", type=Path, default=None, help="folder written by fantasy-curate: its clips are learned from as well, in the stages that learn from clips")
+    parser.add_argument(
+        "--clips",
+        type=int,
+        default=None,
+        help="scenes to render and encode into the cache, if they are not there yet (default: the config's, 1500 to 3450)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=None,
+        help="folder written by fantasy-curate: its clips are learned from as well, in the stages that learn from clips",
+    )
     parser.add_argument("--steps", type=int, default=None, help="training steps of the stage")
     parser.add_argument("--batch", type=int, default=None, help="clips a step, of all processes together")
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
-    parser.add_argument("--loss", choices=["latents", "pixels"], default=None, help="squared errors of latents or absolute errors of pixels (default: latents for stills, base and adapter, pixels for the others)")
-    parser.add_argument("--new-views", type=float, default=None, metavar="SHARE", help="share of the scenes of stills that are seen from another place, under another lamp, each time anew (default: 0)")
-    parser.add_argument("--learn-base", type=float, default=None, metavar="SHARE", help="rate of everything but the expression, as a share of --lr; 0 = frozen (default: the stage's)")
+    parser.add_argument(
+        "--loss",
+        choices=["latents", "pixels"],
+        default=None,
+        help="squared errors of latents or absolute errors of pixels (default: latents for stills, base and adapter, pixels for the others)",
+    )
+    parser.add_argument(
+        "--new-views",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="share of the scenes of stills that are seen from another place, under another lamp, each time anew (default: 0)",
+    )
+    parser.add_argument(
+        "--learn-base",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="rate of everything but the expression, as a share of --lr; 0 = frozen (default: the stage's)",
+    )
     parser.add_argument("--bf16", action="store_true", default=None, help="half the bits: twice as fast where the device can")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network's blocks")
-    parser.add_argument("--recompute", action="store_true", help="keep no activations inside blocks (gradient checkpointing): less memory, a third more work")
+    parser.add_argument(
+        "--recompute", action="store_true", help="keep no activations inside blocks (gradient checkpointing): less memory, a third more work"
+    )
     parser.add_argument("--processes", type=int, default=1, help="start so many of itself, each with its share of every batch (default: 1)")
-    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="draw eight unseen scenes every N steps into RUN/samples; 0 = never (default: 1000)")
+    parser.add_argument(
+        "--samples", type=int, default=1000, metavar="N", help="draw eight unseen scenes every N steps into RUN/samples; 0 = never (default: 1000)"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="also write RUN/tensorboard")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="stop a stage, with a checkpoint, after so many minutes of training")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly")
     parser.add_argument("--threads", type=at_least(1), default=None, help="CPU threads of each process")
-    parser.add_argument("--out", type=Path, default=None, help="write the averaged weights and the parts they need here, for `fantasy-animate --weights` (default: RUN/weights)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="write the averaged weights and the parts they need here, for `fantasy-animate --weights` (default: RUN/weights)",
+    )
     return parser
 
 # %% ../nbs/10_train.ipynb #cell-074
@@ -818,10 +909,14 @@ def as_heard(config: ClipConfig, encoder: ExpressionEncoder) -> ClipConfig:
     return replace(config, crop=encoder.config.image_size, closer=encoder.config.closer)
 
 
-def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoVAE, encoder: ExpressionEncoder, token: int, device, rank: int, world: int) -> list[Path]:
+def fill_caches(
+    args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoVAE, encoder: ExpressionEncoder, token: int, device, rank: int, world: int
+) -> list[Path]:
     "Draw and encode what is not there yet; the folders to learn from."
     folders, parts = [], {"vae": fingerprint(vae), "encoder": fingerprint(encoder)}
-    helpers = (args.threads or os.cpu_count() or 1) if device.type == "cpu" and world == 1 else 1  # two processes of one thread draw faster than one of two
+    helpers = (
+        (args.threads or os.cpu_count() or 1) if device.type == "cpu" and world == 1 else 1
+    )  # two processes of one thread draw faster than one of two
     if missing := set(kinds) - set(PICTURES[args.config]):
         raise ValueError(f"want a stage that {args.config} has pictures for, got --stage {args.stage}: there are none of kind {', '.join(missing)}")
     for kind in kinds:
@@ -829,12 +924,24 @@ def fill_caches(args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoV
         clip_config = as_heard(clip_config, encoder)
         count, seed = count if args.clips is None else args.clips, int(kind == "small")  # small pictures show other people: the more the better
         stamp_cache(cache / kind, {"seed": seed} | asdict(clip_config) | parts, write=rank == 0 and count > 0)
-        encode_clips(SceneClips(clip_config, seed=seed, device=device), count, cache / kind, vae, encoder, partial(encode, token=token), rank=rank, world=world, processes=helpers)
+        encode_clips(
+            SceneClips(clip_config, seed=seed, device=device),
+            count,
+            cache / kind,
+            vae,
+            encoder,
+            partial(encode, token=token),
+            rank=rank,
+            world=world,
+            processes=helpers,
+        )
         folders += [cache / kind] if count or not args.data else []
     if args.data and "clips" in kinds:
         clip_config = as_heard(PICTURES[args.config]["clips"][0], encoder)
         real = ClipFolder(args.data, clip_config, args.seed)
-        stamp_cache(cache / "data", {"folder": str(args.data.resolve()), "clips": len(real), "seed": args.seed} | asdict(clip_config) | parts, write=rank == 0)
+        stamp_cache(
+            cache / "data", {"folder": str(args.data.resolve()), "clips": len(real), "seed": args.seed} | asdict(clip_config) | parts, write=rank == 0
+        )
         encode_clips(real, len(real), cache / "data", vae, encoder, partial(encode_clip, token=token), rank=rank, world=world, processes=helpers)
         folders.append(cache / "data")
     elif args.data:
@@ -864,10 +971,15 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
     rank, world = accelerator.process_index, accelerator.num_processes
     cache = args.cache or (run.parent if args.stage == "all" else run) / "cache"  # stages of one run share their pictures
     if any(cache.glob("clips-*.safetensors")):
-        raise ValueError(f"want a cache with folders {' and '.join(kinds)} in it, found clips-*.safetensors in {cache} itself: move them one folder down")
+        raise ValueError(
+            f"want a cache with folders {' and '.join(kinds)} in it, found clips-*.safetensors in {cache} itself: move them one folder down"
+        )
     config, device = replace(config, **{k: v for k, v in asked.items() if v is not None}), default_device()
     parts = args.parts or data_samples("weights", args.config)
-    vae, encoder = VideoVAE.from_pretrained(parts / "vae").to(device).eval(), ExpressionEncoder.from_pretrained(args.encoder or parts / "encoder").to(device).eval()
+    vae, encoder = (
+        VideoVAE.from_pretrained(parts / "vae").to(device).eval(),
+        ExpressionEncoder.from_pretrained(args.encoder or parts / "encoder").to(device).eval(),
+    )
     torch.manual_seed(config.seed)
     animator = load_animator(args, stage, init, device)
     token = 8 * animator.dit.config.patch[1]
@@ -876,7 +988,18 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
     scenes = PICTURES[args.config][kinds[0]]
     unseen, encode = SceneClips(as_heard(scenes[0], encoder), seed=999, device=device), partial(scenes[1], token=token)
     watch = Watcher(run, unseen, encode, vae, encoder, animator, config, args.samples, args.tensorboard, rank == 0)
-    ema = train(animator, LatentClips(*folders), config, run, args.resume, args.max_minutes, channels=channel_weights(vae), decode=pixel_decoder(vae), views=NewViews(vae) if config.new_views else None, watch=watch)
+    ema = train(
+        animator,
+        LatentClips(*folders),
+        config,
+        run,
+        args.resume,
+        args.max_minutes,
+        channels=channel_weights(vae),
+        decode=pixel_decoder(vae),
+        views=NewViews(vae) if config.new_views else None,
+        watch=watch,
+    )
     averaged = whole(ema.shadow)  # by all processes
     if rank == 0:
         watch.log(run / "log.csv")
@@ -884,7 +1007,12 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
         watch.answer.save_pretrained(out, torch.float16)
         vae.save_pretrained(out / "vae")
         encoder.save_pretrained(out / "encoder")
-        faces = {"face_height": round(0.742 * scenes[0].height, 1), "most_pixels": 24 * scenes[0].height ** 2, "crop": encoder.config.image_size, "closer": encoder.config.closer}
+        faces = {
+            "face_height": round(0.742 * scenes[0].height, 1),
+            "most_pixels": 24 * scenes[0].height ** 2,
+            "crop": encoder.config.image_size,
+            "closer": encoder.config.closer,
+        }
         (out / "pipeline.json").write_text(json.dumps(faces, indent=2))
         print(f"{stage}: {ema.steps} of {config.steps} steps, weights in {out}")
     accelerator.wait_for_everyone()

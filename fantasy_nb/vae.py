@@ -234,23 +234,25 @@ class Upsample(nn.Module):
 @dataclass(frozen=True)
 class VAEConfig:
     "Dimensions of a `VideoVAE`; `wan()` is the Wan2.1 VAE, `mini()` and `tiny()` the same class with other numbers."
+
     latent_channels: int = 16
-    widths: tuple[int, ...] = (96, 192, 384, 384)       # channels of each stage, from pixels to latents
+    widths: tuple[int, ...] = (96, 192, 384, 384)  # channels of each stage, from pixels to latents
     halve_time: tuple[bool, ...] = (False, True, True)  # after each stage but the last
     halve_space: tuple[bool, ...] = (True, True, True)
-    encoder_blocks: int = 2                             # residual blocks in a stage
+    encoder_blocks: int = 2  # residual blocks in a stage
     decoder_blocks: int = 3
-    attention: bool = True                              # within a frame, at the lowest resolution
-    patch: int = 1                                      # pixels folded into channels before the first stage, as Wan2.2 does
-    linear: bool = False                                # add the network to a linear code (ours; starts as good as PCA)
-    residual: float = 0.1                               # how much of the network is added to it: what is left to learn is small, so a step must be too
-    latents_mean: tuple[float, ...] = ()                # of the raw latents, per channel; empty = 0
-    latents_std: tuple[float, ...] = ()                 # empty = 1
+    attention: bool = True  # within a frame, at the lowest resolution
+    patch: int = 1  # pixels folded into channels before the first stage, as Wan2.2 does
+    linear: bool = False  # add the network to a linear code (ours; starts as good as PCA)
+    residual: float = 0.1  # how much of the network is added to it: what is left to learn is small, so a step must be too
+    latents_mean: tuple[float, ...] = ()  # of the raw latents, per channel; empty = 0
+    latents_std: tuple[float, ...] = ()  # empty = 1
 
     def __post_init__(self):
         space = self.patch * 2 ** sum(self.halve_space)
         time = 2 ** sum(self.halve_time)
-        if (time, space) != (4, 8): raise ValueError(f"want 4x in time and 8x in space, got {time}x and {space}x")
+        if (time, space) != (4, 8):
+            raise ValueError(f"want 4x in time and 8x in space, got {time}x and {space}x")
         if not len(self.widths) - 1 == len(self.halve_time) == len(self.halve_space):
             raise ValueError("want one entry of halve_time and of halve_space between two widths")
 
