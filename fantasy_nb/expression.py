@@ -836,7 +836,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=None,
         metavar="GROUPS",
-        help="a second course for --init: to say of one face what it says of sixteen people who do the same, on average; so many such groups (the shipped animators listen to encoders of 1378, mini, and 1330, tiny)",
+        help="a second course for --init: to say of one face what it says of sixteen people who do the same, on average; so many such groups (shipped: 1378, mini, and 1330, tiny; then 2800 with --init that result, to which the animators listen)",
     )
     parser.add_argument("--strength", type=float, default=None, help="of the augmentation (default: 0.5; with --agree 0.35)")
     parser.add_argument("--texture", type=float, default=0.0, help="of other surfaces among it (default: 0, none)")
