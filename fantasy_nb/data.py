@@ -430,9 +430,8 @@ def curate(
     return rows
 
 # %% ../nbs/09_data.ipynb #cell-052
-MESH_EDGES = torch.tensor(
-    [-0.035, -0.058, 0.040, 0.033]
-)  # measured on 24 people: drawn faces' true boxes end so far outside the tracker's mesh, as shares of its size
+# measured on 24 people: drawn faces' true boxes end so far outside the tracker's mesh, as shares of its size
+MESH_EDGES = torch.tensor([-0.035, -0.058, 0.040, 0.033])
 
 
 def grown_boxes(boxes: Tensor) -> Tensor:  # (... 4) xyxy

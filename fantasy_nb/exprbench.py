@@ -153,10 +153,8 @@ def picture_errors(film: np.ndarray, truth: np.ndarray) -> dict[str, float]:  # 
     return {"psnr": 100.0 if error == 0 else peak_signal_noise_ratio(truth, film), "ssim": float(np.mean(ssim))}
 
 # %% ../nbs/12_exprbench.ipynb #cell-017
-INSTRUMENT = (
-    "encoders",
-    "instrument",
-)  # an expression encoder to which no animator listens, always the same: rows measured on different days stay comparable
+# an expression encoder to which no animator listens, always the same: rows measured on different days stay comparable
+INSTRUMENT = ("encoders", "instrument")
 
 
 class EncoderFeatures:

@@ -744,9 +744,8 @@ def render_face(
     return torch.cat(pictures).clamp(0, 1) if pictures else torch.zeros(0, 3, size, size, device=device)
 
 # %% ../nbs/01_faces.ipynb #cell-091
-CROP_TEMPLATE = torch.tensor(
-    [[0.3843, 0.27], [0.62, 0.2668], [0.503, 0.4185], [0.406, 0.5273], [0.5977, 0.525]]
-)  # x, y as fractions of the crop (the release's aligner)
+# x, y as fractions of the crop (the release's aligner)
+CROP_TEMPLATE = torch.tensor([[0.3843, 0.27], [0.62, 0.2668], [0.503, 0.4185], [0.406, 0.5273], [0.5977, 0.525]])
 
 
 def crop_template(

@@ -802,9 +802,8 @@ class WanAnimator(nn.Module):
         each = torch.cat([owners[:1], owners[1:].expand(n, -1)])
         heard = [self.listen(torch.cat([features[:, :1], features[:, 4 * s + 1 : 4 * (s + n) + 1]], 1), each) for s in starts]
         fixed = dict(text=text.to(self.dtype), image=image.to(self.dtype))
-        memories = (
-            [self.dit.prepare(expression=heard[0][0], **fixed)] if len(starts) == 1 else [None] * len(starts)
-        )  # of a long film they would be too many
+        # prepared once, unless there are many windows: theirs would not fit
+        memories = [self.dit.prepare(expression=heard[0][0], **fixed)] if len(starts) == 1 else [None] * len(starts)
         condition = condition[:, :, : n + 1].to(self.dtype)
 
         def velocity(x: Tensor, t: Tensor, scale: float = 1.0) -> Tensor:

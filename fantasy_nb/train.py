@@ -530,9 +530,8 @@ def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config:
     if changed:
         raise ValueError(f"{path} belongs to another run: {changed} (stored, asked for); start a new run or keep its settings")
     set_model_state_dict(animator, state["model"], options=StateDictOptions(full_state_dict=True))
-    set_optimizer_state_dict(
-        animator, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True, strict=False)
-    )  # a parameter without a gradient so far has no state
+    options = StateDictOptions(full_state_dict=True, strict=False)  # a parameter without a gradient so far has no state
+    set_optimizer_state_dict(animator, optimizer, state["optimizer"], options=options)
     ema.steps, ema.shadow = state["step"], spread_like({k: v.clone() for k, v in state["ema"].items()}, ema.shadow)
     return state["step"]
 
@@ -685,12 +684,8 @@ STAGES = {  # what to learn from, and how
     "base": (("stills", "clips"), TrainConfig(steps=10500, pure_noise=0.2, drop_expression=1.0, drop_image=0.2, learn_expression=0.0)),
     "adapter": (("stills", "clips"), TrainConfig(steps=10500, pure_noise=0.8, drop_expression=0.2, drop_image=0.2, learn_base=0.0)),
 }
-ONE_AFTER_THE_OTHER = (
-    "small",
-    "stills",
-    "clips",
-    "mixed",
-)  # what `fantasy-train` does if no stage is named; tiny has no small pictures and begins with stills
+# what `fantasy-train` does if no stage is named; tiny has no small pictures and begins with stills
+ONE_AFTER_THE_OTHER = ("small", "stills", "clips", "mixed")
 
 # %% ../nbs/10_train.ipynb #cell-070
 class Watcher:
@@ -914,9 +909,8 @@ def fill_caches(
 ) -> list[Path]:
     "Draw and encode what is not there yet; the folders to learn from."
     folders, parts = [], {"vae": fingerprint(vae), "encoder": fingerprint(encoder)}
-    helpers = (
-        (args.threads or os.cpu_count() or 1) if device.type == "cpu" and world == 1 else 1
-    )  # two processes of one thread draw faster than one of two
+    # two processes of one thread draw faster than one of two
+    helpers = (args.threads or os.cpu_count() or 1) if device.type == "cpu" and world == 1 else 1
     if missing := set(kinds) - set(PICTURES[args.config]):
         raise ValueError(f"want a stage that {args.config} has pictures for, got --stage {args.stage}: there are none of kind {', '.join(missing)}")
     for kind in kinds:
