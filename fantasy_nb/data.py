@@ -411,19 +411,9 @@ def curate(
     rows.sort(key=lambda row: (row["source"], row["first"]))
     face = pyarrow.struct([(name, pyarrow.float64()) for name in ("presence", "face_height", "sharpness", "turning", "motion")])
     kinds = dict(
-        source="string",
-        first="int64",
-        frames="int64",
-        fps="float64",
-        width="int64",
-        height="int64",
-        kept="bool_",
-        reason="string",
-        kind="string",
-        people="int64",
-        clip="string",
-        caption="string",
-    )
+        source="string", first="int64", frames="int64", fps="float64", width="int64", height="int64",
+        kept="bool_", reason="string", kind="string", people="int64", clip="string", caption="string",
+    )  # fmt: skip
     schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in kinds.items()] + [("faces", pyarrow.list_(face))])
     with atomic(out / "manifest.parquet") as part:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), part)
