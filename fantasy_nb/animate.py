@@ -29,19 +29,8 @@ from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fantasy_nb.core import (
-    OneLineParser,
-    as_frames,
-    at_least,
-    data_samples,
-    has_sound,
-    open_video,
-    read_image,
-    read_video,
-    tile_frames,
-    write_image,
-    write_video,
-)
+from .core import OneLineParser, as_frames, at_least, data_samples, has_sound, open_video, read_image
+from .core import read_video, tile_frames, write_image, write_video
 from .data import grown_boxes
 from .expression import ExpressionEncoder, Features
 from .flow import euler, guided, heun, multistep, time_grid, to_velocity
