@@ -6,14 +6,14 @@
 __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS', 'DECKS', 'EVERY_DECK', 'VALUES', 'COPIES',
            'WORTH', 'DIRECTIONS', 'AGREED', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'OF_THE_ROUND', 'STEPS',
            'AGREE_STEPS', 'Features', 'ExpressionConfig', 'ConvBlock', 'Hourglass', 'FaceBackbone', 'FeatureHead',
-           'ExpressionEncoder', 'fit_size', 'release_name', 'sweep_or_sample', 'dealt_block', 'as_bytes', 'as_crops',
-           'Bank', 'render_bank', 'draw_file', 'stored_bank', 'pair_loss', 'value_means', 'centre_blocks',
+           'Mirror', 'ExpressionEncoder', 'fit_size', 'release_name', 'sweep_or_sample', 'dealt_block', 'as_bytes',
+           'as_crops', 'Bank', 'render_bank', 'draw_file', 'stored_bank', 'pair_loss', 'value_means', 'centre_blocks',
            'fisher_directions', 'agreement', 'normal', 'shake_crop', 'lose_detail', 'relight', 'retexture', 'occlude',
            'augment', 'last_layer', 'hidden_features', 'hidden_of_pictures', 'partners_targets', 'pixel_codes',
            'lay_lines', 'set_last_layers', 'wake_units', 'orthogonal', 'Muon', 'Course', 'lesson', 'silence_dead_units',
            'turn_down', 'save_course', 'load_course', 'take_lessons', 'train_encoder', 'calibrate', 'build_parser',
            'main', 'run_course', 'fit_ruler', 'probe', 'shared_moment', 'render_group', 'draw_groups', 'stored_groups',
-           'Agreement', 'one_agreement', 'agree']
+           'Agreement', 'one_agreement', 'agree', 'fit_mirror', 'look_in_mirror']
 
 # %% ../nbs/03_expression.ipynb #cell-005
 import argparse
@@ -72,6 +72,7 @@ class ExpressionConfig:
     mouth_embed: int = 500  # the release's mouth projection: stored, not used for the features (0 = none)
     keep_roll: bool = False  # the crops it was trained on: aligned upright with the picture, or with the head
     closer: float = 1.0  # and how many times larger the face is in them than in the release's crops
+    mirror: bool = False  # looks at every face twice, the second time in a mirror (`look_in_mirror`)
 
     @classmethod
     def pd_fgc(cls):
@@ -153,7 +154,18 @@ class FeatureHead(nn.Module):
         self.trunk = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.BatchNorm1d(hidden), nn.Linear(hidden, width))
         self.embed = nn.Sequential(nn.ReLU(), nn.Linear(width, embed)) if embed else nn.Identity()
 
-# %% ../nbs/03_expression.ipynb #cell-027
+# %% ../nbs/03_expression.ipynb #cell-028
+class Mirror(nn.Module):
+    "A group's features of a face -> of the same face in a mirror; in two mirrors all is as before."
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("turn", torch.eye(width)), self.register_buffer("middle", torch.zeros(width))
+
+    def forward(self, z: Tensor) -> Tensor:  # (... width) -> the same shape
+        return (z - self.middle) @ self.turn.T + self.middle
+
+# %% ../nbs/03_expression.ipynb #cell-029
 class ExpressionEncoder(nn.Module):
     "Face crops -> 554 features of the expression (PD-FGC, CVPR 2023, as FantasyPortrait's release uses it)."
 
@@ -163,11 +175,25 @@ class ExpressionEncoder(nn.Module):
         self.backbone = FaceBackbone(config)
         self.heads = nn.ModuleDict({name: FeatureHead(hidden, hidden, FEATURE_WIDTHS[name]) for name in ("head", "eyes", "emotion")})
         self.heads["mouth"] = FeatureHead(hidden, FEATURE_WIDTHS["mouth"], config.mouth_embed)
+        if config.mirror:
+            self.mirrors = nn.ModuleDict({name: Mirror(width) for name, width in FEATURE_WIDTHS.items()})
 
     def forward(self, crops: Tensor) -> Features:  # (n 3 s s) or (b f 3 s s) in [-1, 1]
-        "Raises ValueError for anything that is not a float crop of three channels."
+        "What it sees; with a mirror, the mean of that and of what it sees there. Raises ValueError for anything that is not a float crop of three channels."
         if crops.ndim not in (4, 5) or crops.shape[-3] != 3 or not crops.is_floating_point():
             raise ValueError(f"want float crops (n 3 s s) or (b f 3 s s) in [-1, 1], got {tuple(crops.shape)} {crops.dtype}")
+        seen = self.look(crops)
+        if not self.config.mirror:
+            return seen
+        there = vars(self.in_mirror(self.look(crops.flip(-1))))
+        return Features(**{name: (value + there[name]) / 2 for name, value in vars(seen).items()})
+
+    def in_mirror(self, features: Features) -> Features:
+        "Of a face -> of its mirror image, or the other way round."
+        return Features(**{name: self.mirrors[name](value) for name, value in vars(features).items()})
+
+    def look(self, crops: Tensor) -> Features:  # (... 3 s s)
+        "What it sees at one look."
         face = self.backbone(fit_size(crops.flatten(0, -4), self.config.image_size))
         groups = {}
         for name, head in self.heads.items():
@@ -211,7 +237,7 @@ def fit_size(crops: Tensor, size: int) -> Tensor:  # (n 3 s s) -> (n 3 size size
         return crops
     return F.interpolate(crops, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
-# %% ../nbs/03_expression.ipynb #cell-029
+# %% ../nbs/03_expression.ipynb #cell-031
 RENAMES = {
     "stem": "conv1", "stem_norm": "bn1", "block1": "conv2", "block2": "conv3", "block3": "conv4", "top": "top_m_0", "mix": "conv_last0",
     "mix_norm": "bn_end0", "heatmaps": "l0", "heatmap_norm": "bn5", "readout": "conv6", "vector": "fc",
@@ -235,7 +261,7 @@ def release_name(name: str, depth: int = 4) -> str:
     block, rest = rest.split(".", 1)
     return f"model.m0.{dict(skip='b1', down='b2', up='b3')[block]}_{level}.{rest}"
 
-# %% ../nbs/03_expression.ipynb #cell-033
+# %% ../nbs/03_expression.ipynb #cell-035
 FACTOR_RANGE = {
     "yaw": (-40, 40),
     "pitch": (-20, 20),
@@ -280,7 +306,7 @@ def dealt_block(
             factors[name] = (x + jitter * (high - low) * torch.randn(n, generator=g) * (x != 0)).clamp(low, high)
     return Identity.sample(VALUES, seed)[deal()], Expression.neutral(n, **factors), torch.stack(dealt)
 
-# %% ../nbs/03_expression.ipynb #cell-036
+# %% ../nbs/03_expression.ipynb #cell-038
 def as_bytes(crops: Tensor) -> Tensor:  # [-1, 1] -> uint8
     "A quarter of the memory."
     return ((crops + 1) * 127.5).round().clamp(0, 255).byte()
@@ -290,7 +316,7 @@ def as_crops(pictures: Tensor) -> Tensor:  # uint8 -> [-1, 1]
     "The inverse of `as_bytes`."
     return pictures.float() / 127.5 - 1
 
-# %% ../nbs/03_expression.ipynb #cell-038
+# %% ../nbs/03_expression.ipynb #cell-040
 @dataclass(frozen=True)
 class Bank:
     "Blocks of pictures, and what was dealt in each."
@@ -324,7 +350,7 @@ def render_bank(
         dealt.append(cards)
     return Bank(torch.stack(pictures), torch.stack(dealt))
 
-# %% ../nbs/03_expression.ipynb #cell-039
+# %% ../nbs/03_expression.ipynb #cell-041
 def draw_file(path: Path, blocks: int, size: int, seed: int, device, closer: float) -> None:
     "One file of `stored_bank`."
     bank = render_bank(blocks, size, seed, device, False, closer)
@@ -355,7 +381,7 @@ def stored_bank(
     parts = [load_file(file[0]) for file in files]
     return Bank(*(torch.cat([part[name] for part in parts]) for name in ("pictures", "dealt")))
 
-# %% ../nbs/03_expression.ipynb #cell-042
+# %% ../nbs/03_expression.ipynb #cell-044
 def pair_loss(
     z: Tensor,  # (n d) one group's features
     label: Tensor,  # (n,) which value of the group each picture shows
@@ -368,7 +394,7 @@ def pair_loss(
     share = (label[:, None] == label[None]) & ~itself
     return -similarity.masked_fill(itself, float("-inf")).log_softmax(-1)[share].mean()
 
-# %% ../nbs/03_expression.ipynb #cell-045
+# %% ../nbs/03_expression.ipynb #cell-047
 def value_means(z: Tensor, label: Tensor) -> Tensor:  # (n d), (n,) -> (n d)
     "For each picture the mean over all that share its value."
     label = label - label.min()
@@ -399,14 +425,14 @@ def fisher_directions(
     vectors = torch.linalg.eigh(inverse @ between @ inverse.T).eigenvectors
     return (inverse.T @ vectors[:, -count:]).flip(1)
 
-# %% ../nbs/03_expression.ipynb #cell-047
+# %% ../nbs/03_expression.ipynb #cell-049
 def agreement(z: Tensor, label: Tensor) -> Tensor:  # (n d), (n,) -> (d,)
     "Share of a direction's variance that pictures of one value have in common: 0 = luck, 1 = all (intraclass correlation)."
     z = centre_blocks(z)
     rest = (z - value_means(z, label)).square().sum(0) * COPIES / (COPIES - 1)
     return (1 - rest / z.square().sum(0)).clamp(0, 1)
 
-# %% ../nbs/03_expression.ipynb #cell-052
+# %% ../nbs/03_expression.ipynb #cell-054
 def normal(like: Tensor, g: torch.Generator, *shape) -> Tensor:  # (n *shape) normal numbers on the device of `like`
     "One draw for each picture."
     return torch.randn(len(like), *shape, generator=g).to(like)
@@ -429,7 +455,7 @@ def lose_detail(x: Tensor, g: torch.Generator, a: float) -> Tensor:
         x[part] = F.interpolate(small, size=size, mode="bilinear", align_corners=False)
     return x
 
-# %% ../nbs/03_expression.ipynb #cell-054
+# %% ../nbs/03_expression.ipynb #cell-056
 def relight(x: Tensor, g: torch.Generator, a: float) -> Tensor:
     "Another lamp (a slope of light), camera (gain of each colour, gamma) and sometimes grey film."
     u, slope = torch.linspace(-1, 1, x.shape[-1]).to(x), 0.25 * a * normal(x, g, 2, 1, 1)
@@ -451,7 +477,7 @@ def retexture(x: Tensor, g: torch.Generator, a: float) -> Tensor:
     z = (z - middle(z)) / (spread(z) + 1e-3) * spread(y) + middle(y)  # as bright and as lively as before
     return x.index_put((picked.to(x.device),), y + (z - y) * torch.rand(n, 1, 1, 1, generator=g).to(x))
 
-# %% ../nbs/03_expression.ipynb #cell-056
+# %% ../nbs/03_expression.ipynb #cell-058
 def occlude(x: Tensor, g: torch.Generator, a: float) -> Tensor:
     "A box of one colour over up to a third of the crop's side, on three pictures of ten."
     n, p = len(x), (torch.arange(x.shape[-1]) + 0.5) / x.shape[-1]
@@ -474,7 +500,7 @@ def augment(
     noise = 0.06 * strength * torch.rand(len(x), 1, 1, 1, generator=g).to(x) * normal(x, g, *x.shape[1:])
     return (x + noise).clamp(-1, 1)
 
-# %% ../nbs/03_expression.ipynb #cell-059
+# %% ../nbs/03_expression.ipynb #cell-061
 WORTH = {"head": 1, "eyes": 1, "emotion": 1, "mouth": 2}  # what a group's error counts: mouths are the hardest
 DIRECTIONS = {"head": 3, "eyes": 3, "emotion": 14, "mouth": 3}  # lessons of each deck; features are chosen among them afterwards
 AGREED = 0.2  # a direction becomes a feature if pictures that share a value agree on it at least so far
@@ -504,7 +530,7 @@ def hidden_of_pictures(encoder: ExpressionEncoder, pictures: Tensor) -> dict[str
     encoder.train(training)
     return {name: torch.cat([part[name] for part in parts]) for name in GROUPS}
 
-# %% ../nbs/03_expression.ipynb #cell-061
+# %% ../nbs/03_expression.ipynb #cell-063
 def partners_targets(
     z: Tensor,  # (n d) what the directions are laid through
     bank: Bank,
@@ -524,7 +550,7 @@ def partners_targets(
         targets[name] = tuple(torch.cat(x, -1) for x in zip(*parts))
     return targets
 
-# %% ../nbs/03_expression.ipynb #cell-063
+# %% ../nbs/03_expression.ipynb #cell-065
 def pixel_codes(pictures: Tensor, count: int = 400) -> Tensor:  # (n 3 s s) uint8 -> (n count)
     "Grey pictures of equal brightness and contrast, by principal components: what the first round has."
     grey = as_crops(pictures).mean(1)
@@ -532,7 +558,7 @@ def pixel_codes(pictures: Tensor, count: int = 400) -> Tensor:  # (n 3 s s) uint
     mean = grey.mean(0)
     return (grey - mean) @ torch.pca_lowrank(grey[:6000] - mean, min(count, len(grey), grey.shape[1]), center=False)[2]
 
-# %% ../nbs/03_expression.ipynb #cell-064
+# %% ../nbs/03_expression.ipynb #cell-066
 def lay_lines(
     projections: nn.ModuleDict,
     hidden: dict[str, Tensor],  # {group: (n hidden)}
@@ -544,7 +570,7 @@ def lay_lines(
         solution = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]).to(x), x.T @ targets[name][0].double())
         layer.weight.data.copy_(solution[:-1].T), layer.bias.data.copy_(solution[-1])
 
-# %% ../nbs/03_expression.ipynb #cell-068
+# %% ../nbs/03_expression.ipynb #cell-070
 def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> None:
     "Each group's features: its directions in its own hidden features, weighted by agreement and turned at random so that no feature stands alone."
     hidden, g = hidden_of_pictures(encoder, bank.pictures.flatten(0, 1)), torch.Generator().manual_seed(seed)
@@ -564,7 +590,7 @@ def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> No
         matrix = turn @ torch.stack([way for _, _, way in found])
         layer.weight.data.copy_(matrix), layer.bias.data.copy_(-matrix @ mean)
 
-# %% ../nbs/03_expression.ipynb #cell-070
+# %% ../nbs/03_expression.ipynb #cell-072
 @torch.no_grad()
 def wake_units(encoder: ExpressionEncoder, pictures: Tensor, g: torch.Generator) -> int:  # (n 3 s s) uint8 -> how many slept
     "Hidden units of the heads that are positive on no picture get a random direction that is positive on half of them."
@@ -584,7 +610,7 @@ def wake_units(encoder: ExpressionEncoder, pictures: Tensor, g: torch.Generator)
             values[asleep] = start  # 0.40, 0.34: mean and variance of a normal number behind a ReLU
     return count
 
-# %% ../nbs/03_expression.ipynb #cell-073
+# %% ../nbs/03_expression.ipynb #cell-075
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:  # (n m) -> (n m)
     "The same singular vectors, all singular values about 1 (0.7 to 1.2), by matrix products only (Newton-Schulz iteration: Jordan et al. 2024)."
     tall = matrix.shape[0] > matrix.shape[1]
@@ -613,7 +639,7 @@ class Muon(torch.optim.Optimizer):
                 step = orthogonal(weight.grad.lerp(mean, group["momentum"]).flatten(1))  # a look ahead (Nesterov)
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view_as(weight), alpha=0.2 * group["lr"] * max(step.shape) ** 0.5)
 
-# %% ../nbs/03_expression.ipynb #cell-078
+# %% ../nbs/03_expression.ipynb #cell-080
 class Course:
     "An encoder's training so far."
 
@@ -652,7 +678,7 @@ class Course:
         "Half the bits (bfloat16) where `settings` ask for it."
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["bf16"])
 
-# %% ../nbs/03_expression.ipynb #cell-080
+# %% ../nbs/03_expression.ipynb #cell-082
 def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     "Some pictures, disturbed; predict what their partners say; one step."
     s, done = course.settings, course.step / course.settings["steps"]
@@ -675,7 +701,7 @@ def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     course.step += 1
     return {name: loss.item() for name, loss in losses.items()}
 
-# %% ../nbs/03_expression.ipynb #cell-082
+# %% ../nbs/03_expression.ipynb #cell-084
 @torch.no_grad()
 def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there were
     "Units whose variance was 0 throughout training keep their constant and pass nothing on, whatever a later face may send."
@@ -684,7 +710,7 @@ def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there wer
         norm.weight[norm.running_var < norm.eps] = 0.0
     return sum(int((norm.weight == 0).sum()) for norm in norms)
 
-# %% ../nbs/03_expression.ipynb #cell-085
+# %% ../nbs/03_expression.ipynb #cell-087
 @torch.no_grad()
 def turn_down(encoder: ExpressionEncoder) -> None:
     "The same function with hidden units of variance 1 and a face vector to match: a ReLU passes any factor on, and the norm behind it takes it out again."
@@ -699,7 +725,7 @@ def turn_down(encoder: ExpressionEncoder) -> None:
     for first in firsts:
         first.weight.mul_(louder)
 
-# %% ../nbs/03_expression.ipynb #cell-086
+# %% ../nbs/03_expression.ipynb #cell-088
 PARTS_OF_A_COURSE = ("encoder", "projections", "muon", "adamw")
 OF_THE_ROUND = ("step", "blocks", "targets")
 
@@ -724,7 +750,7 @@ def load_course(course: Course, path) -> None:
         setattr(course, name, state[name].cpu() if name == "blocks" else state[name])
     course.g.set_state(state["dice"].cpu())
 
-# %% ../nbs/03_expression.ipynb #cell-087
+# %% ../nbs/03_expression.ipynb #cell-089
 def take_lessons(course, teach, name: str, progress: bool, log, checkpoint, max_minutes: float) -> None:
     "Call `teach()`, which makes a step and gives the losses, until the course is over or time is up; a checkpoint every 100 steps and at the end."
     steps, began = course.settings["steps"], time.monotonic()
@@ -737,7 +763,7 @@ def take_lessons(course, teach, name: str, progress: bool, log, checkpoint, max_
         if late:
             break
 
-# %% ../nbs/03_expression.ipynb #cell-089
+# %% ../nbs/03_expression.ipynb #cell-091
 def train_encoder(
     config: ExpressionConfig,
     steps: int = 1800,
@@ -788,7 +814,7 @@ def train_encoder(
     set_last_layers(course.encoder, bank[:pool], seed)
     return calibrate(course.encoder, bank.pictures[:16].flatten(0, 1))
 
-# %% ../nbs/03_expression.ipynb #cell-091
+# %% ../nbs/03_expression.ipynb #cell-093
 @torch.no_grad()
 def calibrate(
     encoder: ExpressionEncoder,
@@ -808,7 +834,7 @@ def calibrate(
         last.bias.sub_(mean).div_(scale).add_(1)
     return encoder
 
-# %% ../nbs/03_expression.ipynb #cell-097
+# %% ../nbs/03_expression.ipynb #cell-099
 STEPS = {"tiny": 1800, "mini": 1800}  # 14 minutes and half an hour of two cores, pictures included (28 November 2026)
 AGREE_STEPS = {"tiny": 900, "mini": 600}  # of a second course, below
 
@@ -838,6 +864,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="GROUPS",
         help="a second course for --init: to say of one face what it says of sixteen people who do the same, on average; so many such groups (shipped: 1378, mini, and 1330, tiny; then 2800 with --init that result, to which the animators listen)",
     )
+    parser.add_argument(
+        "--first",
+        type=at_least(0),
+        default=0,
+        metavar="GROUP",
+        help="of --agree: number of the first group; a later course may see other people than an earlier one (default: 0)",
+    )
+    parser.add_argument(
+        "--mirror",
+        action="store_true",
+        help="with --agree: learn from the groups what a mirror does to features, look at every face twice from then on, and take the course with mirror images too (--steps 0: no course)",
+    )
     parser.add_argument("--strength", type=float, default=None, help="of the augmentation (default: 0.5; with --agree 0.35)")
     parser.add_argument("--texture", type=float, default=0.0, help="of other surfaces among it (default: 0, none)")
     parser.add_argument(
@@ -853,7 +891,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="folder for the weights (default: RUN/weights)")
     return parser
 
-# %% ../nbs/03_expression.ipynb #cell-099
+# %% ../nbs/03_expression.ipynb #cell-101
 def main(arguments=None) -> int:
     "`fantasy-train-encoder`: draw pictures, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -874,14 +912,18 @@ def run_course(args: argparse.Namespace) -> int:
     checkpoint, log = run / "checkpoint.pt", run / "log.csv"
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} is there already: --resume goes on from it, another --run starts anew")
-    if args.blocks < 2 or steps < 1:
-        raise ValueError(f"want at least 2 blocks and 1 step, got --blocks {args.blocks} --steps {steps}")
+    if args.blocks < 2 or steps < (0 if args.mirror else 1):
+        raise ValueError(f"want at least 2 blocks and 1 step (none with --mirror), got --blocks {args.blocks} --steps {steps}")
+    if args.mirror and not second:
+        raise ValueError("want --agree GROUPS with --mirror: it is learned from groups of people who do the same")
     if second and (args.init is None or args.agree < 2 or args.texture):
         raise ValueError(
             f"want --init, at least 2 groups and no --texture for --agree, got --init {args.init} --agree {args.agree} --texture {args.texture}"
         )
     init = None if args.init is None else ExpressionEncoder.from_pretrained(args.init)
-    if init is not None and init.config != config:
+    if init is not None and init.config.mirror and (not second or args.mirror):
+        raise ValueError(f"want {args.init} to hold an encoder without a mirror: it has one already")
+    if init is not None and replace(init.config, mirror=False) != config:
         raise ValueError(f"want {args.init} to hold an encoder of size {args.config}, got {init.config}")
     run.mkdir(parents=True, exist_ok=True)
     draw = dict(closer=config.closer, processes=(args.threads or os.cpu_count() or 1) if device.type == "cpu" else 1)
@@ -901,17 +943,18 @@ def run_course(args: argparse.Namespace) -> int:
         options = dict(seed=args.seed, bf16=args.bf16, device=device, max_minutes=args.max_minutes, log=write, checkpoint=checkpoint)
         options |= {name: value for name, value in (("strength", args.strength), ("learning_rate", args.lr)) if value is not None}
         if second:
-            encoder = agree(
-                init, stored_groups(args.pictures or run / "groups", args.agree, config.image_size, device=device, **draw), steps, **options
-            )
+            groups = stored_groups(args.pictures or run / "groups", args.agree, config.image_size, 60_000_000 + args.first, device, **draw)
+            encoder = look_in_mirror(init.to(device), groups[:400], True) if args.mirror else init
+            if steps:
+                encoder = agree(encoder, groups, steps, **options)
         else:
             bank = stored_bank(args.pictures or run / "pictures", args.blocks, config.image_size, 5_000_000, device, **draw)
             encoder = train_encoder(config, steps, bank=bank, texture=args.texture, init=init, **options)
     encoder.save_pretrained(args.out or run / "weights")
-    print(f"weights in {args.out or run / 'weights'}" + (f" after {last} of {steps} steps; --resume goes on" if 0 < last < steps else ""))
+    print(f"weights in {args.out or run / 'weights'}{', with a mirror' if encoder.config.mirror else ''}" + (f" after {last} of {steps} steps; --resume goes on" if 0 < last < steps else ""))
     return 0
 
-# %% ../nbs/03_expression.ipynb #cell-101
+# %% ../nbs/03_expression.ipynb #cell-103
 def fit_ruler(
     features: Tensor,  # (n d)
     factors: Tensor,  # (n k) true values
@@ -933,7 +976,7 @@ def probe(
     seen, true = fit_ruler(features[:train], factors[:train])(features[train:]), factors[train:]
     return 1 - (seen - true).square().sum(0) / (true - true.mean(0)).square().sum(0)
 
-# %% ../nbs/03_expression.ipynb #cell-117
+# %% ../nbs/03_expression.ipynb #cell-119
 def shared_moment(seed: int, g: torch.Generator) -> Expression:  # one moment
     "What a group does: any expression, or (even seeds) a moment of a performance with any share of its turns and livelier mouths and lids; every seventh turned anew, up to 45 degrees."
     if seed % 2:
@@ -956,7 +999,7 @@ def render_group(seed: int, size: int, closer: float = 1.0, device=None, people:
     shift, zoom = closer * 0.004 * torch.randn(people, 2, generator=g), 0.985 * (1 + 0.018 * torch.randn(people, generator=g))
     return as_bytes(render_crops(Identity.sample(people, seed).to(device), moment.repeat(people).to(device), size, shift, zoom, closer)).cpu()
 
-# %% ../nbs/03_expression.ipynb #cell-119
+# %% ../nbs/03_expression.ipynb #cell-121
 def draw_groups(path: Path, first: int, count: int, size: int, device, closer: float) -> None:
     "One file of `stored_groups`."
     with atomic(path) as part:
@@ -976,7 +1019,7 @@ def stored_groups(
             bar.update()
     return torch.cat([load_file(file[0])["pictures"] for file in files])
 
-# %% ../nbs/03_expression.ipynb #cell-122
+# %% ../nbs/03_expression.ipynb #cell-124
 class Agreement:
     "A second course so far; `save_course` and `load_course` know its parts."
 
@@ -998,8 +1041,9 @@ class Agreement:
     @torch.no_grad()
     def ask(self, init: ExpressionEncoder, progress: bool = False) -> None:
         "Once: what the encoder says of everybody; targets are what it says of the others, `alone` how far one face is from them."
-        asked, init = tqdm(self.pictures.split(8), desc="asking eight groups", leave=False, disable=not progress), init.to(self.device).eval()
-        said = torch.cat([init(as_crops(part.flatten(0, 1).to(self.device))).pack() for part in asked]).unflatten(0, self.pictures.shape[:2])
+        asked, init = tqdm(self.pictures.split(1), desc="asking groups", leave=False, disable=not progress), init.to(self.device).eval()
+        crops = lambda part: as_crops(part.flatten(0, 1).to(self.device)).contiguous(memory_format=torch.channels_last)  # noqa: E731
+        said = torch.cat([init(crops(part)).pack() for part in asked]).unflatten(0, self.pictures.shape[:2])
         others = (said.sum(1, keepdim=True) - said) / (said.shape[1] - 1)
         live, first, parts, alone = said.flatten(0, 1).std(0) > 1e-4, 0, {}, {}
         for name, width in FEATURE_WIDTHS.items():
@@ -1007,22 +1051,28 @@ class Agreement:
             alone[name], first = (said - others)[..., parts[name]].square().mean().item(), first + width
         self.targets = {"others": others.flatten(0, 1), "parts": parts, "alone": alone}
 
-    def errors(self, said: Tensor, which: Tensor) -> dict:  # {group: mean squared error, 1 = as at the beginning}
-        "How far some faces' features are from what the others' said."
-        off = said - self.targets["others"][which]
+    def errors(self, said: Tensor, which: Tensor, turned: Tensor | None = None) -> dict:  # {group: mean squared error, 1 = as at the beginning}
+        "How far some faces' features are from what the others' said (in the mirror, where a face was `turned`)."
+        others = self.targets["others"][which]
+        if turned is not None:
+            others = torch.where(turned[:, None], self.encoder.in_mirror(Features.unpack(others)).pack(), others)
+        off = said - others
         return {name: off[:, ix].square().mean() / self.targets["alone"][name] for name, ix in self.targets["parts"].items()}
 
-# %% ../nbs/03_expression.ipynb #cell-124
+# %% ../nbs/03_expression.ipynb #cell-126
 def one_agreement(course: Agreement) -> dict:  # {group: loss}
     "Some faces, disturbed; say what the others of their groups said; one step."
     s, faces = course.settings, course.pictures.flatten(0, 1)
     rate = s["learning_rate"] * min(1, (course.step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * course.step / s["steps"]))
     course.muon.param_groups[0]["lr"], course.adamw.param_groups[0]["lr"] = rate, rate / 6
     i = torch.randint(len(faces), (s["batch"],), generator=course.g)
-    crops = as_crops(faces[i].to(course.device))
+    crops, turned = as_crops(faces[i].to(course.device)), None
+    if course.encoder.config.mirror:  # every second face is seen there
+        turned = (torch.rand(len(i), generator=course.g) < 0.5).to(course.device)
+        crops = torch.where(turned[:, None, None, None], crops.flip(-1), crops)
     with torch.autocast(course.device.type, torch.bfloat16, enabled=s["bf16"]):
-        said = course.encoder(augment(crops, course.g, s["strength"]) if s["strength"] else crops).pack()
-    losses = course.errors(said.float(), i)
+        said = course.encoder.look(augment(crops, course.g, s["strength"]) if s["strength"] else crops).pack()
+    losses = course.errors(said.float(), i, turned)
     course.muon.zero_grad(), course.adamw.zero_grad()
     sum(loss * (2 if name == "head" else 1) for name, loss in losses.items()).backward()
     nn.utils.clip_grad_norm_(course.encoder.parameters(), 5.0)
@@ -1030,7 +1080,7 @@ def one_agreement(course: Agreement) -> dict:  # {group: loss}
     course.step += 1
     return {name: loss.item() for name, loss in losses.items()}
 
-# %% ../nbs/03_expression.ipynb #cell-126
+# %% ../nbs/03_expression.ipynb #cell-128
 def agree(
     init: ExpressionEncoder,
     pictures: Tensor,  # (groups people 3 s s) uint8: in a group all do the same
@@ -1060,3 +1110,43 @@ def agree(
     silence_dead_units(course.encoder.eval())
     turn_down(course.encoder)
     return course.encoder
+
+# %% ../nbs/03_expression.ipynb #cell-133
+def fit_mirror(
+    faces: Tensor,  # (n d) features of faces
+    there: Tensor,  # (n d) features of their mirror images
+    floor: float = 1e-3,  # directions with less than this share of the largest variance are left alone
+) -> tuple[Tensor, Tensor, Tensor]:  # R (d d), m (d,), eigenvalues: near 1 even, near -1 odd
+    "The linear map nearest to what a mirror does that, done twice, is nothing."
+    a, b = faces.double(), there.double()
+    middle = (a.mean(0) + b.mean(0)) / 2
+    a, b = a - middle, b - middle
+    variances, ways = torch.linalg.eigh((a.T @ a + b.T @ b) / (2 * len(a)))
+    keep = variances > floor * variances[-1]
+    ways, size = ways[:, keep], variances[keep].sqrt()
+    values, axes = torch.linalg.eigh((ways / size).T @ ((a.T @ b + b.T @ a) / (2 * len(a))) @ (ways / size))
+    turn = (ways * size) @ axes @ torch.diag(values.sign()) @ axes.T @ (ways / size).T + torch.eye(len(ways)).to(a) - ways @ ways.T
+    return turn.to(faces), middle.to(faces), values.to(faces)
+
+
+@torch.no_grad()
+def look_in_mirror(
+    encoder: ExpressionEncoder,
+    pictures: Tensor,  # (groups people 3 s s) uint8: in a group all do the same
+    progress: bool = False,
+) -> ExpressionEncoder:  # a new one, in eval mode
+    "An encoder that looks at every face twice. Raises ValueError for one that does already, and for pictures that are not groups."
+    if encoder.config.mirror:
+        raise ValueError("want an encoder without a mirror, got one that looks into one already")
+    if pictures.ndim != 5 or len(pictures) < 2 or pictures.dtype != torch.uint8:
+        raise ValueError(f"want uint8 pictures (groups people 3 s s) of at least 2 groups, got {tuple(pictures.shape)} {pictures.dtype}")
+    device, said = next(encoder.parameters()).device, []
+    both = ExpressionEncoder(replace(encoder.config, mirror=True)).to(device)
+    both.load_state_dict(both.state_dict() | encoder.state_dict()), both.eval()
+    for part in tqdm(pictures, desc="groups in the mirror", leave=False, disable=not progress):
+        crops = as_crops(part.to(device))
+        said.append(torch.stack([both.look(x.contiguous(memory_format=torch.channels_last)).pack().mean(0) for x in (crops, crops.flip(-1))]))
+    faces, there = (Features.unpack(x) for x in torch.stack(said, 1))
+    for name, mirror in both.mirrors.items():
+        mirror.turn, mirror.middle, _ = fit_mirror(getattr(faces, name), getattr(there, name))
+    return both

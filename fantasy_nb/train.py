@@ -345,11 +345,15 @@ def encode_clips(
     rank: int = 0,  # of several processes this one fills every `world`-th file
     world: int = 1,
     processes: int = 1,  # of `in_processes`
+    first: int = 0,  # clip to begin with, where a file begins
 ) -> None:
-    "Fill a cache folder with shards; those that exist already are kept. Clip i makes entries 2i and, mirrored, 2i + 1."
-    folder, starts = Path(folder), range(0, count, shard)[rank::world]
+    "Fill a cache folder with shards; those that exist already are kept. Clip i makes entries 2i and, mirrored, 2i + 1. Raises ValueError for a first clip in the middle of a file."
+    if first % shard:
+        raise ValueError(f"want a first clip where a file of {shard} begins, got {first}")
+    folder, last = Path(folder), first + count
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(clips, start, min(start + shard, count), folder / f"clips-{start:06d}.safetensors", vae, encoder, encode) for start in starts]
+    starts = range(first, last, shard)[rank::world]
+    jobs = [(clips, start, min(start + shard, last), folder / f"clips-{start:06d}.safetensors", vae, encoder, encode) for start in starts]
     with tqdm(total=sum(job[2] - job[1] for job in jobs), desc="encoding clips", unit="clip", disable=not show or rank > 0) as bar:
         for count in in_processes(encode_shard, jobs, processes):
             bar.update(count)
@@ -794,6 +798,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="scenes to render and encode into the cache, if they are not there yet (default: the config's, 1500 to 3450)",
     )
     parser.add_argument(
+        "--first",
+        type=at_least(0),
+        default=0,
+        metavar="SCENE",
+        help="number of the first of --clips, a multiple of 25: a later run may see other scenes than an earlier one (default: 0)",
+    )
+    parser.add_argument(
         "--data",
         type=Path,
         default=None,
@@ -928,6 +939,7 @@ def fill_caches(
             rank=rank,
             world=world,
             processes=helpers,
+            first=args.first,
         )
         folders += [cache / kind] if count or not args.data else []
     if args.data and "clips" in kinds:

@@ -1,5 +1,6 @@
 "Chapter 03: the implicit expression encoder and its agreement with the release."
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -311,6 +312,75 @@ def test_the_second_course_as_a_command(tmp_path, capsys):
     assert main([*command, "--resume"]) == 0
     assert ExpressionEncoder.from_pretrained(tmp_path / "run/weights").config == ExpressionConfig.tiny()
     assert len(list((tmp_path / "run/groups").iterdir())) == 1
+
+
+def test_a_mirror_is_found_and_is_its_own_inverse():
+    from fantasy_nb.expression import fit_mirror
+
+    torch.manual_seed(0)
+    known, mix, middle = torch.randn(4000, 5), torch.linalg.qr(torch.randn(8, 5))[0].T * torch.tensor([3.0, 2, 2, 1, 1])[:, None], torch.randn(8)
+    sides = torch.tensor([1.0, -1, 1, -1, 1])  # two of five factors have a side
+    faces, there = (x @ mix + middle + 0.02 * torch.randn(4000, 8) for x in (known, known * sides))
+    turn, centre, values = fit_mirror(faces, there)
+    assert torch.allclose(turn @ turn, torch.eye(8), atol=1e-4)
+    assert (values < -0.9).sum() == 2 and (values > 0.9).sum() == 3 and len(values) == 5  # noise is left alone
+    back = (there - centre) @ turn.T + centre
+    assert (back - faces).square().mean() < 3 * 0.02**2
+    same, _, values = fit_mirror(faces, faces)  # a mirror that changes nothing
+    assert torch.allclose(same, torch.eye(8), atol=1e-4) and values.min() > 0.99
+
+
+def test_two_looks_are_better_than_one():
+    from fantasy_nb.expression import as_crops, look_in_mirror, render_group
+
+    torch.manual_seed(0)
+    plain = ExpressionEncoder.from_pretrained(WEIGHTS)
+    groups = torch.stack([render_group(k, 96, 1.7, people=6) for k in range(60)])
+    both = look_in_mirror(plain, groups[:40])
+    crops = as_crops(groups[40:].flatten(0, 1))
+    with torch.no_grad():
+        once, twice, seen_there = plain(crops), both(crops), both(crops.flip(-1))
+        assert torch.equal(both.look(crops).pack(), once.pack())
+        assert torch.allclose(both.in_mirror(both.in_mirror(once)).pack(), once.pack(), atol=1e-3)
+        assert torch.allclose(both.in_mirror(twice).pack(), seen_there.pack(), atol=1e-3)  # what it says of the mirror image is the mirror image of what it says
+    apart = lambda said: (said.unflatten(0, (20, 6)) - said.unflatten(0, (20, 6)).mean(1, keepdim=True)).square().mean()  # noqa: E731
+    assert apart(twice.head) < 0.8 * apart(once.head)
+    assert torch.corrcoef(torch.stack([once.head[:, 0], twice.head[:, 0]]))[0, 1] > 0.95  # and the code is the old one
+    with pytest.raises(ValueError, match="without a mirror"):
+        look_in_mirror(both, groups)
+    with pytest.raises(ValueError, match="want uint8 pictures .groups people 3 s s. of at least 2 groups, got"):
+        look_in_mirror(plain, groups[0])
+
+
+def test_a_mirror_is_kept_with_the_weights_and_through_a_course(tmp_path, capsys):
+    from fantasy_nb.expression import agree, look_in_mirror, main, render_group
+
+    torch.manual_seed(0)
+    init = ExpressionEncoder(ExpressionConfig(image_size=24, width=16, depth=1, hidden=32, heatmaps=8, readout=2, mouth_embed=0, closer=1.7)).eval()
+    groups = torch.stack([render_group(k, 24, 1.7, people=4) for k in range(6)])
+    both = look_in_mirror(init, groups)
+    both.save_pretrained(tmp_path / "both")
+    again, x = ExpressionEncoder.from_pretrained(tmp_path / "both"), torch.rand(2, 3, 24, 24) * 2 - 1
+    with torch.no_grad():
+        assert again.config.mirror and torch.allclose(again(x).pack(), both(x).pack(), atol=5e-3)
+    options = dict(steps=4, batch=16, progress=False)
+    taught = agree(both, groups, **options)
+    for _ in range(5):  # stopped after every step
+        pieces = agree(both, groups, **options, checkpoint=tmp_path / "c.pt", max_minutes=0)
+    assert all(torch.equal(a, b) for a, b in zip(taught.state_dict().values(), pieces.state_dict().values()))
+    assert torch.equal(taught.mirrors["head"].turn, both.mirrors["head"].turn)  # it is no weight
+    assert not torch.equal(taught.backbone.stem.weight, both.backbone.stem.weight)
+
+    command = ["--config", "tiny", "--agree", "3", "--first", "50", "--init", str(WEIGHTS)]
+    assert main([*command, "--run", str(tmp_path / "run"), "--mirror", "--steps", "0"]) == 0 and "with a mirror" in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "run/groups").iterdir()] == ["groups-96px_1.7x_60000050_3.safetensors"]
+    assert ExpressionEncoder.from_pretrained(tmp_path / "run/weights").config == replace(ExpressionConfig.tiny(), mirror=True)
+    assert main(["--config", "tiny", "--mirror", "--run", str(tmp_path / "no")]) == 2 and "want --agree GROUPS" in capsys.readouterr().err
+    command[-1] = str(tmp_path / "run/weights")
+    assert main([*command, "--run", str(tmp_path / "no"), "--mirror"]) == 2 and "without a mirror" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+    command += ["--run", str(tmp_path / "more"), "--steps", "1", "--pictures", str(tmp_path / "run/groups")]
+    assert main(command) == 0 and ExpressionEncoder.from_pretrained(tmp_path / "more/weights").config.mirror
 
 
 def test_augment_keeps_range_and_is_gentle_at_zero():
