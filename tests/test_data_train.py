@@ -225,6 +225,11 @@ def test_cache_is_made_of_whole_shards_and_kept(tmp_path):
     encode_clips(clips, 3, tmp_path / "two", *parts, shard=2, show=False, processes=2)  # helpers fill the same files
     one, two = LatentClips(tmp_path), LatentClips(tmp_path / "two")
     assert len(two) == 6 and all((one.clips[i][name].float() - two.clips[i][name].float()).abs().max() < 2e-2 for i in range(6) for name in one.clips[i])
+    encode_clips(clips, 1, tmp_path / "later", *parts, shard=2, show=False, first=2)  # other scenes than those before
+    later = LatentClips(tmp_path / "later")
+    assert sorted(later.clips) == [4, 5] and all(torch.equal(later.clips[4][name], one.clips[4][name]) for name in one.clips[4])
+    with pytest.raises(ValueError, match="where a file of 2 begins, got 3"):
+        encode_clips(clips, 1, tmp_path / "later", *parts, shard=2, show=False, first=3)
     weights = channel_weights(parts[0])
     assert weights.shape == (48, 1, 1, 1) and abs(weights.mean() - 1) < 1e-5
     out = animator_loss(Animator.tiny(), LatentClips(tmp_path).stack([0]), TrainConfig(), step_generator(0, 0))
