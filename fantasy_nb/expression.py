@@ -862,7 +862,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=None,
         metavar="GROUPS",
-        help="a second course for --init: to say of one face what it says of sixteen people who do the same, on average; so many such groups (shipped: 1378, mini, and 1330, tiny; then 2800 with --init that result, to which the animators listen)",
+        help="a second course for --init: to say of one face what it says of sixteen people who do the same, on average; so many such groups (shipped: 1378, mini, and 1330, tiny; then 2800 with --init that result; then again with --first 2800 --mirror, to which the animators listen)",
     )
     parser.add_argument(
         "--first",
@@ -1128,7 +1128,7 @@ def fit_mirror(
     turn = (ways * size) @ axes @ torch.diag(values.sign()) @ axes.T @ (ways / size).T + torch.eye(len(ways)).to(a) - ways @ ways.T
     return turn.to(faces), middle.to(faces), values.to(faces)
 
-
+# %% ../nbs/03_expression.ipynb #cell-135
 @torch.no_grad()
 def look_in_mirror(
     encoder: ExpressionEncoder,
