@@ -914,8 +914,8 @@ def run_course(args: argparse.Namespace) -> int:
         raise ValueError(f"{checkpoint} is there already: --resume goes on from it, another --run starts anew")
     if args.blocks < 2 or steps < (0 if args.mirror else 1):
         raise ValueError(f"want at least 2 blocks and 1 step (none with --mirror), got --blocks {args.blocks} --steps {steps}")
-    if args.mirror and not second:
-        raise ValueError("want --agree GROUPS with --mirror: it is learned from groups of people who do the same")
+    if (args.mirror or args.first) and not second:
+        raise ValueError("want --agree GROUPS with --mirror and --first: both speak of groups of people who do the same")
     if second and (args.init is None or args.agree < 2 or args.texture):
         raise ValueError(
             f"want --init, at least 2 groups and no --texture for --agree, got --init {args.init} --agree {args.agree} --texture {args.texture}"
@@ -1111,7 +1111,7 @@ def agree(
     turn_down(course.encoder)
     return course.encoder
 
-# %% ../nbs/03_expression.ipynb #cell-133
+# %% ../nbs/03_expression.ipynb #cell-134
 def fit_mirror(
     faces: Tensor,  # (n d) features of faces
     there: Tensor,  # (n d) features of their mirror images
@@ -1128,7 +1128,7 @@ def fit_mirror(
     turn = (ways * size) @ axes @ torch.diag(values.sign()) @ axes.T @ (ways / size).T + torch.eye(len(ways)).to(a) - ways @ ways.T
     return turn.to(faces), middle.to(faces), values.to(faces)
 
-# %% ../nbs/03_expression.ipynb #cell-135
+# %% ../nbs/03_expression.ipynb #cell-136
 @torch.no_grad()
 def look_in_mirror(
     encoder: ExpressionEncoder,

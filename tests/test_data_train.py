@@ -523,6 +523,8 @@ def test_training_with_new_views_resumes_exactly(tmp_path, capsys):
     whole, pieces, plain = (Animator.from_pretrained(tmp_path / name / "weights").state_dict() for name in ("whole", "pieces", "plain"))
     assert all(torch.equal(whole[name], pieces[name]) for name in whole) and not all(torch.equal(whole[name], plain[name]) for name in whole)
     assert main([*arguments, "--new-views", "1.5", "--run", str(tmp_path / "other")]) == 2 and "want new_views between 0 and 1" in capsys.readouterr().err
+    assert main([*arguments, "--first", "10", "--run", str(tmp_path / "nothing")]) == 2 and "want a multiple of 25 for --first, got 10" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
     with pytest.raises(ValueError, match="NewViews if it is not 0"):
         train(small_animator(), None, TrainConfig(steps=1, new_views=0.5))
 

@@ -375,7 +375,8 @@ def test_a_mirror_is_kept_with_the_weights_and_through_a_course(tmp_path, capsys
     assert main([*command, "--run", str(tmp_path / "run"), "--mirror", "--steps", "0"]) == 0 and "with a mirror" in capsys.readouterr().out
     assert [file.name for file in (tmp_path / "run/groups").iterdir()] == ["groups-96px_1.7x_60000050_3.safetensors"]
     assert ExpressionEncoder.from_pretrained(tmp_path / "run/weights").config == replace(ExpressionConfig.tiny(), mirror=True)
-    assert main(["--config", "tiny", "--mirror", "--run", str(tmp_path / "no")]) == 2 and "want --agree GROUPS" in capsys.readouterr().err
+    for alone in (["--mirror"], ["--first", "5"]):
+        assert main(["--config", "tiny", *alone, "--run", str(tmp_path / "no")]) == 2 and "want --agree GROUPS" in capsys.readouterr().err
     command[-1] = str(tmp_path / "run/weights")
     assert main([*command, "--run", str(tmp_path / "no"), "--mirror"]) == 2 and "without a mirror" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
