@@ -6,14 +6,15 @@
 __all__ = ['FEATURE_WIDTHS', 'RENAMES', 'HEAD_RENAMES', 'FACTOR_RANGE', 'GROUPS', 'DECKS', 'EVERY_DECK', 'VALUES', 'COPIES',
            'WORTH', 'DIRECTIONS', 'AGREED', 'ROUNDS', 'FURTHER_ROUNDS', 'PARTS_OF_A_COURSE', 'OF_THE_ROUND', 'STEPS',
            'AGREE_STEPS', 'Features', 'ExpressionConfig', 'ConvBlock', 'Hourglass', 'FaceBackbone', 'FeatureHead',
-           'Mirror', 'ExpressionEncoder', 'fit_size', 'release_name', 'sweep_or_sample', 'dealt_block', 'as_bytes',
-           'as_crops', 'Bank', 'render_bank', 'draw_file', 'stored_bank', 'pair_loss', 'value_means', 'centre_blocks',
-           'fisher_directions', 'agreement', 'normal', 'shake_crop', 'lose_detail', 'relight', 'retexture', 'occlude',
-           'augment', 'last_layer', 'hidden_features', 'hidden_of_pictures', 'partners_targets', 'pixel_codes',
-           'lay_lines', 'set_last_layers', 'wake_units', 'orthogonal', 'Muon', 'Course', 'lesson', 'silence_dead_units',
-           'turn_down', 'save_course', 'load_course', 'take_lessons', 'train_encoder', 'calibrate', 'build_parser',
-           'main', 'run_course', 'fit_ruler', 'probe', 'shared_moment', 'render_group', 'draw_groups', 'stored_groups',
-           'Agreement', 'one_agreement', 'agree', 'fit_mirror', 'look_in_mirror']
+           'Mirror', 'Crosstalk', 'all_but', 'ExpressionEncoder', 'fit_size', 'release_name', 'sweep_or_sample',
+           'dealt_block', 'as_bytes', 'as_crops', 'Bank', 'render_bank', 'draw_file', 'stored_bank', 'pair_loss',
+           'value_means', 'centre_blocks', 'fisher_directions', 'agreement', 'normal', 'shake_crop', 'lose_detail',
+           'relight', 'retexture', 'occlude', 'augment', 'last_layer', 'hidden_features', 'hidden_of_pictures',
+           'partners_targets', 'pixel_codes', 'lay_lines', 'set_last_layers', 'wake_units', 'orthogonal', 'Muon',
+           'Course', 'lesson', 'silence_dead_units', 'turn_down', 'save_course', 'load_course', 'take_lessons',
+           'train_encoder', 'calibrate', 'build_parser', 'main', 'run_course', 'fit_ruler', 'probe', 'shared_moment',
+           'render_group', 'draw_groups', 'stored_groups', 'Agreement', 'one_agreement', 'agree', 'fit_mirror',
+           'look_in_mirror', 'fit_crosstalk', 'remove_crosstalk']
 
 # %% ../nbs/03_expression.ipynb #cell-005
 import argparse
@@ -73,6 +74,7 @@ class ExpressionConfig:
     keep_roll: bool = False  # the crops it was trained on: aligned upright with the picture, or with the head
     closer: float = 1.0  # and how many times larger the face is in them than in the release's crops
     mirror: bool = False  # looks at every face twice, the second time in a mirror (`look_in_mirror`)
+    apart: bool = False  # what a group of features picks up of the other groups is taken away (`remove_crosstalk`)
 
     @classmethod
     def pd_fgc(cls):
@@ -166,6 +168,23 @@ class Mirror(nn.Module):
         return (z - self.middle) @ self.turn.T + self.middle
 
 # %% ../nbs/03_expression.ipynb #cell-029
+class Crosstalk(nn.Module):
+    "A group's features, without what they pick up of the other groups'."
+
+    def __init__(self, width: int):
+        super().__init__()
+        others = sum(FEATURE_WIDTHS.values()) - width
+        self.register_buffer("weight", torch.zeros(width, others)), self.register_buffer("middle", torch.zeros(others))
+
+    def forward(self, own: Tensor, others: Tensor) -> Tensor:  # (... width), (... 554 - width) -> (... width)
+        return own - (others - self.middle) @ self.weight.T
+
+
+def all_but(features: Features, name: str) -> Tensor:  # (... 554 - its width)
+    "The other three groups, side by side."
+    return torch.cat([value for other, value in vars(features).items() if other != name], -1)
+
+# %% ../nbs/03_expression.ipynb #cell-030
 class ExpressionEncoder(nn.Module):
     "Face crops -> 554 features of the expression (PD-FGC, CVPR 2023, as FantasyPortrait's release uses it)."
 
@@ -177,20 +196,26 @@ class ExpressionEncoder(nn.Module):
         self.heads["mouth"] = FeatureHead(hidden, FEATURE_WIDTHS["mouth"], config.mouth_embed)
         if config.mirror:
             self.mirrors = nn.ModuleDict({name: Mirror(width) for name, width in FEATURE_WIDTHS.items()})
+        if config.apart:
+            self.crosstalk = nn.ModuleDict({name: Crosstalk(width) for name, width in FEATURE_WIDTHS.items()})
 
     def forward(self, crops: Tensor) -> Features:  # (n 3 s s) or (b f 3 s s) in [-1, 1]
         "What it sees; with a mirror, the mean of that and of what it sees there. Raises ValueError for anything that is not a float crop of three channels."
         if crops.ndim not in (4, 5) or crops.shape[-3] != 3 or not crops.is_floating_point():
             raise ValueError(f"want float crops (n 3 s s) or (b f 3 s s) in [-1, 1], got {tuple(crops.shape)} {crops.dtype}")
         seen = self.look(crops)
-        if not self.config.mirror:
-            return seen
-        there = vars(self.in_mirror(self.look(crops.flip(-1))))
-        return Features(**{name: (value + there[name]) / 2 for name, value in vars(seen).items()})
+        if self.config.mirror:
+            there = vars(self.in_mirror(self.look(crops.flip(-1))))
+            seen = Features(**{name: (value + there[name]) / 2 for name, value in vars(seen).items()})
+        return self.take_apart(seen) if self.config.apart else seen
 
     def in_mirror(self, features: Features) -> Features:
         "Of a face -> of its mirror image, or the other way round."
         return Features(**{name: self.mirrors[name](value) for name, value in vars(features).items()})
+
+    def take_apart(self, features: Features) -> Features:
+        "Each group without what it picks up of the others."
+        return Features(**{name: self.crosstalk[name](value, all_but(features, name)) for name, value in vars(features).items()})
 
     def look(self, crops: Tensor) -> Features:  # (... 3 s s)
         "What it sees at one look."
@@ -237,7 +262,7 @@ def fit_size(crops: Tensor, size: int) -> Tensor:  # (n 3 s s) -> (n 3 size size
         return crops
     return F.interpolate(crops, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
-# %% ../nbs/03_expression.ipynb #cell-031
+# %% ../nbs/03_expression.ipynb #cell-032
 RENAMES = {
     "stem": "conv1", "stem_norm": "bn1", "block1": "conv2", "block2": "conv3", "block3": "conv4", "top": "top_m_0", "mix": "conv_last0",
     "mix_norm": "bn_end0", "heatmaps": "l0", "heatmap_norm": "bn5", "readout": "conv6", "vector": "fc",
@@ -261,7 +286,7 @@ def release_name(name: str, depth: int = 4) -> str:
     block, rest = rest.split(".", 1)
     return f"model.m0.{dict(skip='b1', down='b2', up='b3')[block]}_{level}.{rest}"
 
-# %% ../nbs/03_expression.ipynb #cell-035
+# %% ../nbs/03_expression.ipynb #cell-036
 FACTOR_RANGE = {
     "yaw": (-40, 40),
     "pitch": (-20, 20),
@@ -306,7 +331,7 @@ def dealt_block(
             factors[name] = (x + jitter * (high - low) * torch.randn(n, generator=g) * (x != 0)).clamp(low, high)
     return Identity.sample(VALUES, seed)[deal()], Expression.neutral(n, **factors), torch.stack(dealt)
 
-# %% ../nbs/03_expression.ipynb #cell-038
+# %% ../nbs/03_expression.ipynb #cell-039
 def as_bytes(crops: Tensor) -> Tensor:  # [-1, 1] -> uint8
     "A quarter of the memory."
     return ((crops + 1) * 127.5).round().clamp(0, 255).byte()
@@ -316,7 +341,7 @@ def as_crops(pictures: Tensor) -> Tensor:  # uint8 -> [-1, 1]
     "The inverse of `as_bytes`."
     return pictures.float() / 127.5 - 1
 
-# %% ../nbs/03_expression.ipynb #cell-040
+# %% ../nbs/03_expression.ipynb #cell-041
 @dataclass(frozen=True)
 class Bank:
     "Blocks of pictures, and what was dealt in each."
@@ -350,7 +375,7 @@ def render_bank(
         dealt.append(cards)
     return Bank(torch.stack(pictures), torch.stack(dealt))
 
-# %% ../nbs/03_expression.ipynb #cell-041
+# %% ../nbs/03_expression.ipynb #cell-042
 def draw_file(path: Path, blocks: int, size: int, seed: int, device, closer: float) -> None:
     "One file of `stored_bank`."
     bank = render_bank(blocks, size, seed, device, False, closer)
@@ -381,7 +406,7 @@ def stored_bank(
     parts = [load_file(file[0]) for file in files]
     return Bank(*(torch.cat([part[name] for part in parts]) for name in ("pictures", "dealt")))
 
-# %% ../nbs/03_expression.ipynb #cell-044
+# %% ../nbs/03_expression.ipynb #cell-045
 def pair_loss(
     z: Tensor,  # (n d) one group's features
     label: Tensor,  # (n,) which value of the group each picture shows
@@ -394,7 +419,7 @@ def pair_loss(
     share = (label[:, None] == label[None]) & ~itself
     return -similarity.masked_fill(itself, float("-inf")).log_softmax(-1)[share].mean()
 
-# %% ../nbs/03_expression.ipynb #cell-047
+# %% ../nbs/03_expression.ipynb #cell-048
 def value_means(z: Tensor, label: Tensor) -> Tensor:  # (n d), (n,) -> (n d)
     "For each picture the mean over all that share its value."
     label = label - label.min()
@@ -425,14 +450,14 @@ def fisher_directions(
     vectors = torch.linalg.eigh(inverse @ between @ inverse.T).eigenvectors
     return (inverse.T @ vectors[:, -count:]).flip(1)
 
-# %% ../nbs/03_expression.ipynb #cell-049
+# %% ../nbs/03_expression.ipynb #cell-050
 def agreement(z: Tensor, label: Tensor) -> Tensor:  # (n d), (n,) -> (d,)
     "Share of a direction's variance that pictures of one value have in common: 0 = luck, 1 = all (intraclass correlation)."
     z = centre_blocks(z)
     rest = (z - value_means(z, label)).square().sum(0) * COPIES / (COPIES - 1)
     return (1 - rest / z.square().sum(0)).clamp(0, 1)
 
-# %% ../nbs/03_expression.ipynb #cell-054
+# %% ../nbs/03_expression.ipynb #cell-055
 def normal(like: Tensor, g: torch.Generator, *shape) -> Tensor:  # (n *shape) normal numbers on the device of `like`
     "One draw for each picture."
     return torch.randn(len(like), *shape, generator=g).to(like)
@@ -455,7 +480,7 @@ def lose_detail(x: Tensor, g: torch.Generator, a: float) -> Tensor:
         x[part] = F.interpolate(small, size=size, mode="bilinear", align_corners=False)
     return x
 
-# %% ../nbs/03_expression.ipynb #cell-056
+# %% ../nbs/03_expression.ipynb #cell-057
 def relight(x: Tensor, g: torch.Generator, a: float) -> Tensor:
     "Another lamp (a slope of light), camera (gain of each colour, gamma) and sometimes grey film."
     u, slope = torch.linspace(-1, 1, x.shape[-1]).to(x), 0.25 * a * normal(x, g, 2, 1, 1)
@@ -477,7 +502,7 @@ def retexture(x: Tensor, g: torch.Generator, a: float) -> Tensor:
     z = (z - middle(z)) / (spread(z) + 1e-3) * spread(y) + middle(y)  # as bright and as lively as before
     return x.index_put((picked.to(x.device),), y + (z - y) * torch.rand(n, 1, 1, 1, generator=g).to(x))
 
-# %% ../nbs/03_expression.ipynb #cell-058
+# %% ../nbs/03_expression.ipynb #cell-059
 def occlude(x: Tensor, g: torch.Generator, a: float) -> Tensor:
     "A box of one colour over up to a third of the crop's side, on three pictures of ten."
     n, p = len(x), (torch.arange(x.shape[-1]) + 0.5) / x.shape[-1]
@@ -500,7 +525,7 @@ def augment(
     noise = 0.06 * strength * torch.rand(len(x), 1, 1, 1, generator=g).to(x) * normal(x, g, *x.shape[1:])
     return (x + noise).clamp(-1, 1)
 
-# %% ../nbs/03_expression.ipynb #cell-061
+# %% ../nbs/03_expression.ipynb #cell-062
 WORTH = {"head": 1, "eyes": 1, "emotion": 1, "mouth": 2}  # what a group's error counts: mouths are the hardest
 DIRECTIONS = {"head": 3, "eyes": 3, "emotion": 14, "mouth": 3}  # lessons of each deck; features are chosen among them afterwards
 AGREED = 0.2  # a direction becomes a feature if pictures that share a value agree on it at least so far
@@ -530,7 +555,7 @@ def hidden_of_pictures(encoder: ExpressionEncoder, pictures: Tensor) -> dict[str
     encoder.train(training)
     return {name: torch.cat([part[name] for part in parts]) for name in GROUPS}
 
-# %% ../nbs/03_expression.ipynb #cell-063
+# %% ../nbs/03_expression.ipynb #cell-064
 def partners_targets(
     z: Tensor,  # (n d) what the directions are laid through
     bank: Bank,
@@ -550,7 +575,7 @@ def partners_targets(
         targets[name] = tuple(torch.cat(x, -1) for x in zip(*parts))
     return targets
 
-# %% ../nbs/03_expression.ipynb #cell-065
+# %% ../nbs/03_expression.ipynb #cell-066
 def pixel_codes(pictures: Tensor, count: int = 400) -> Tensor:  # (n 3 s s) uint8 -> (n count)
     "Grey pictures of equal brightness and contrast, by principal components: what the first round has."
     grey = as_crops(pictures).mean(1)
@@ -558,7 +583,7 @@ def pixel_codes(pictures: Tensor, count: int = 400) -> Tensor:  # (n 3 s s) uint
     mean = grey.mean(0)
     return (grey - mean) @ torch.pca_lowrank(grey[:6000] - mean, min(count, len(grey), grey.shape[1]), center=False)[2]
 
-# %% ../nbs/03_expression.ipynb #cell-066
+# %% ../nbs/03_expression.ipynb #cell-067
 def lay_lines(
     projections: nn.ModuleDict,
     hidden: dict[str, Tensor],  # {group: (n hidden)}
@@ -570,7 +595,7 @@ def lay_lines(
         solution = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]).to(x), x.T @ targets[name][0].double())
         layer.weight.data.copy_(solution[:-1].T), layer.bias.data.copy_(solution[-1])
 
-# %% ../nbs/03_expression.ipynb #cell-070
+# %% ../nbs/03_expression.ipynb #cell-071
 def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> None:
     "Each group's features: its directions in its own hidden features, weighted by agreement and turned at random so that no feature stands alone."
     hidden, g = hidden_of_pictures(encoder, bank.pictures.flatten(0, 1)), torch.Generator().manual_seed(seed)
@@ -590,7 +615,7 @@ def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> No
         matrix = turn @ torch.stack([way for _, _, way in found])
         layer.weight.data.copy_(matrix), layer.bias.data.copy_(-matrix @ mean)
 
-# %% ../nbs/03_expression.ipynb #cell-072
+# %% ../nbs/03_expression.ipynb #cell-073
 @torch.no_grad()
 def wake_units(encoder: ExpressionEncoder, pictures: Tensor, g: torch.Generator) -> int:  # (n 3 s s) uint8 -> how many slept
     "Hidden units of the heads that are positive on no picture get a random direction that is positive on half of them."
@@ -610,7 +635,7 @@ def wake_units(encoder: ExpressionEncoder, pictures: Tensor, g: torch.Generator)
             values[asleep] = start  # 0.40, 0.34: mean and variance of a normal number behind a ReLU
     return count
 
-# %% ../nbs/03_expression.ipynb #cell-075
+# %% ../nbs/03_expression.ipynb #cell-076
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:  # (n m) -> (n m)
     "The same singular vectors, all singular values about 1 (0.7 to 1.2), by matrix products only (Newton-Schulz iteration: Jordan et al. 2024)."
     tall = matrix.shape[0] > matrix.shape[1]
@@ -639,7 +664,7 @@ class Muon(torch.optim.Optimizer):
                 step = orthogonal(weight.grad.lerp(mean, group["momentum"]).flatten(1))  # a look ahead (Nesterov)
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view_as(weight), alpha=0.2 * group["lr"] * max(step.shape) ** 0.5)
 
-# %% ../nbs/03_expression.ipynb #cell-080
+# %% ../nbs/03_expression.ipynb #cell-081
 class Course:
     "An encoder's training so far."
 
@@ -678,7 +703,7 @@ class Course:
         "Half the bits (bfloat16) where `settings` ask for it."
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["bf16"])
 
-# %% ../nbs/03_expression.ipynb #cell-082
+# %% ../nbs/03_expression.ipynb #cell-083
 def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     "Some pictures, disturbed; predict what their partners say; one step."
     s, done = course.settings, course.step / course.settings["steps"]
@@ -701,7 +726,7 @@ def lesson(course: Course, bank: Bank) -> dict:  # {group: loss}
     course.step += 1
     return {name: loss.item() for name, loss in losses.items()}
 
-# %% ../nbs/03_expression.ipynb #cell-084
+# %% ../nbs/03_expression.ipynb #cell-085
 @torch.no_grad()
 def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there were
     "Units whose variance was 0 throughout training keep their constant and pass nothing on, whatever a later face may send."
@@ -710,7 +735,7 @@ def silence_dead_units(encoder: ExpressionEncoder) -> int:  # how many there wer
         norm.weight[norm.running_var < norm.eps] = 0.0
     return sum(int((norm.weight == 0).sum()) for norm in norms)
 
-# %% ../nbs/03_expression.ipynb #cell-087
+# %% ../nbs/03_expression.ipynb #cell-088
 @torch.no_grad()
 def turn_down(encoder: ExpressionEncoder) -> None:
     "The same function with hidden units of variance 1 and a face vector to match: a ReLU passes any factor on, and the norm behind it takes it out again."
@@ -725,7 +750,7 @@ def turn_down(encoder: ExpressionEncoder) -> None:
     for first in firsts:
         first.weight.mul_(louder)
 
-# %% ../nbs/03_expression.ipynb #cell-088
+# %% ../nbs/03_expression.ipynb #cell-089
 PARTS_OF_A_COURSE = ("encoder", "projections", "muon", "adamw")
 OF_THE_ROUND = ("step", "blocks", "targets")
 
@@ -750,7 +775,7 @@ def load_course(course: Course, path) -> None:
         setattr(course, name, state[name].cpu() if name == "blocks" else state[name])
     course.g.set_state(state["dice"].cpu())
 
-# %% ../nbs/03_expression.ipynb #cell-089
+# %% ../nbs/03_expression.ipynb #cell-090
 def take_lessons(course, teach, name: str, progress: bool, log, checkpoint, max_minutes: float) -> None:
     "Call `teach()`, which makes a step and gives the losses, until the course is over or time is up; a checkpoint every 100 steps and at the end."
     steps, began = course.settings["steps"], time.monotonic()
@@ -763,7 +788,7 @@ def take_lessons(course, teach, name: str, progress: bool, log, checkpoint, max_
         if late:
             break
 
-# %% ../nbs/03_expression.ipynb #cell-091
+# %% ../nbs/03_expression.ipynb #cell-092
 def train_encoder(
     config: ExpressionConfig,
     steps: int = 1800,
@@ -814,7 +839,7 @@ def train_encoder(
     set_last_layers(course.encoder, bank[:pool], seed)
     return calibrate(course.encoder, bank.pictures[:16].flatten(0, 1))
 
-# %% ../nbs/03_expression.ipynb #cell-093
+# %% ../nbs/03_expression.ipynb #cell-094
 @torch.no_grad()
 def calibrate(
     encoder: ExpressionEncoder,
@@ -834,7 +859,7 @@ def calibrate(
         last.bias.sub_(mean).div_(scale).add_(1)
     return encoder
 
-# %% ../nbs/03_expression.ipynb #cell-099
+# %% ../nbs/03_expression.ipynb #cell-100
 STEPS = {"tiny": 1800, "mini": 1800}  # 14 minutes and half an hour of two cores, pictures included (28 November 2026)
 AGREE_STEPS = {"tiny": 900, "mini": 600}  # of a second course, below
 
@@ -850,7 +875,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--steps",
         type=int,
         default=None,
-        help="training steps (default: "
+        help="training steps, 0 = none (with --mirror or --apart; default: "
         + ", ".join(f"{steps} for {size}" for size, steps in STEPS.items())
         + "; with --agree "
         + ", ".join(f"{steps} for {size}" for size, steps in AGREE_STEPS.items())
@@ -862,7 +887,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=None,
         metavar="GROUPS",
-        help="a second course for --init: to say of one face what it says of sixteen people who do the same, on average; so many such groups (shipped: 1378, mini, and 1330, tiny; then 2800 with --init that result; then again with --first 2800 --mirror, to which the animators listen)",
+        help="a second course for --init: to say of one face what it says of sixteen people who do the same, on average; so many such groups (shipped: 1378, mini, and 1330, tiny; then 2800 with --init that result; then again with --first 2800 --mirror)",
     )
     parser.add_argument(
         "--first",
@@ -875,6 +900,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--mirror",
         action="store_true",
         help="with --agree: learn from the groups what a mirror does to features, look at every face twice from then on, and take the course with mirror images too (--steps 0: no course)",
+    )
+    parser.add_argument(
+        "--apart",
+        type=at_least(0),
+        default=0,
+        metavar="GROUPS",
+        help="after the course (--steps 0: none) learn from so many groups of people for each of head, eyes, emotion and mouth, who share this and nothing else, what its features pick up of the others, and take it away from then on (the encoders that animators listen to: 200; default: 0, do not)",
     )
     parser.add_argument("--strength", type=float, default=None, help="of the augmentation (default: 0.5; with --agree 0.35)")
     parser.add_argument("--texture", type=float, default=0.0, help="of other surfaces among it (default: 0, none)")
@@ -891,7 +923,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="folder for the weights (default: RUN/weights)")
     return parser
 
-# %% ../nbs/03_expression.ipynb #cell-101
+# %% ../nbs/03_expression.ipynb #cell-102
 def main(arguments=None) -> int:
     "`fantasy-train-encoder`: draw pictures, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -912,8 +944,10 @@ def run_course(args: argparse.Namespace) -> int:
     checkpoint, log = run / "checkpoint.pt", run / "log.csv"
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} is there already: --resume goes on from it, another --run starts anew")
-    if args.blocks < 2 or steps < (0 if args.mirror else 1):
-        raise ValueError(f"want at least 2 blocks and 1 step (none with --mirror), got --blocks {args.blocks} --steps {steps}")
+    if args.blocks < 2 or steps < (0 if args.mirror or args.apart else 1):
+        raise ValueError(f"want at least 2 blocks and 1 step (none with --mirror or --apart), got --blocks {args.blocks} --steps {steps}")
+    if not steps and args.init is None:
+        raise ValueError("want --init with --steps 0: without a course there is nothing but its encoder")
     if (args.mirror or args.first) and not second:
         raise ValueError("want --agree GROUPS with --mirror and --first: both speak of groups of people who do the same")
     if second and (args.init is None or args.agree < 2 or args.texture):
@@ -921,8 +955,10 @@ def run_course(args: argparse.Namespace) -> int:
             f"want --init, at least 2 groups and no --texture for --agree, got --init {args.init} --agree {args.agree} --texture {args.texture}"
         )
     init = None if args.init is None else ExpressionEncoder.from_pretrained(args.init)
-    if init is not None and init.config.mirror and (not second or args.mirror):
+    if init is not None and init.config.mirror and (steps and not second or args.mirror):
         raise ValueError(f"want {args.init} to hold an encoder without a mirror: it has one already")
+    if init is not None and init.config.apart:
+        raise ValueError(f"want {args.init} to hold an encoder as a course left it: its groups of features have been taken apart (--apart)")
     if init is not None and replace(init.config, mirror=False) != config:
         raise ValueError(f"want {args.init} to hold an encoder of size {args.config}, got {init.config}")
     run.mkdir(parents=True, exist_ok=True)
@@ -947,14 +983,21 @@ def run_course(args: argparse.Namespace) -> int:
             encoder = look_in_mirror(init.to(device), groups[:400], True) if args.mirror else init
             if steps:
                 encoder = agree(encoder, groups, steps, **options)
-        else:
+        elif steps:
             bank = stored_bank(args.pictures or run / "pictures", args.blocks, config.image_size, 5_000_000, device, **draw)
             encoder = train_encoder(config, steps, bank=bank, texture=args.texture, init=init, **options)
+        else:
+            encoder = init.to(device)
+        if args.apart and last in (0, steps):
+            folder = args.pictures or run / "groups"
+            few = {name: stored_groups(folder, args.apart, config.image_size, 70_000_000, device, only=name, **draw) for name in GROUPS}
+            encoder = remove_crosstalk(encoder, few, True)
     encoder.save_pretrained(args.out or run / "weights")
-    print(f"weights in {args.out or run / 'weights'}{', with a mirror' if encoder.config.mirror else ''}" + (f" after {last} of {steps} steps; --resume goes on" if 0 < last < steps else ""))
+    ways = f"{', with a mirror' if encoder.config.mirror else ''}{', groups taken apart' if encoder.config.apart else ''}"
+    print(f"weights in {args.out or run / 'weights'}{ways}" + (f" after {last} of {steps} steps; --resume goes on" if 0 < last < steps else ""))
     return 0
 
-# %% ../nbs/03_expression.ipynb #cell-103
+# %% ../nbs/03_expression.ipynb #cell-104
 def fit_ruler(
     features: Tensor,  # (n d)
     factors: Tensor,  # (n k) true values
@@ -976,7 +1019,7 @@ def probe(
     seen, true = fit_ruler(features[:train], factors[:train])(features[train:]), factors[train:]
     return 1 - (seen - true).square().sum(0) / (true - true.mean(0)).square().sum(0)
 
-# %% ../nbs/03_expression.ipynb #cell-119
+# %% ../nbs/03_expression.ipynb #cell-120
 def shared_moment(seed: int, g: torch.Generator) -> Expression:  # one moment
     "What a group does: any expression, or (even seeds) a moment of a performance with any share of its turns and livelier mouths and lids; every seventh turned anew, up to 45 degrees."
     if seed % 2:
@@ -992,34 +1035,51 @@ def shared_moment(seed: int, g: torch.Generator) -> Expression:  # one moment
     return moment
 
 
-def render_group(seed: int, size: int, closer: float = 1.0, device=None, people: int = 16) -> Tensor:  # uint8 (people 3 size size)
-    "People who all do the same, cropped a little off, as the tracker crops."
-    g = torch.Generator().manual_seed(seed)
-    moment = shared_moment(seed, g)
-    shift, zoom = closer * 0.004 * torch.randn(people, 2, generator=g), 0.985 * (1 + 0.018 * torch.randn(people, generator=g))
-    return as_bytes(render_crops(Identity.sample(people, seed).to(device), moment.repeat(people).to(device), size, shift, zoom, closer)).cpu()
+def render_group(
+    seed: int, size: int, closer: float = 1.0, device=None, people: int = 16, only: str | None = None
+) -> Tensor:  # uint8 (people 3 size size)
+    """People who all do the same, cropped a little off, as the tracker crops.
 
-# %% ../nbs/03_expression.ipynb #cell-121
-def draw_groups(path: Path, first: int, count: int, size: int, device, closer: float) -> None:
+    `only` "head", "eyes", "emotion" or "mouth": they share this and otherwise do what they like.
+    """
+    g = torch.Generator().manual_seed(seed)
+    moments = shared_moment(seed, g).repeat(people)
+    if only:
+        shared = {name: getattr(moments, name) for name in Expression.GROUPS[only]}
+        moments = replace(Expression.cat([shared_moment(seed * people + k, g) for k in range(people)]), **shared)
+    shift, zoom = closer * 0.004 * torch.randn(people, 2, generator=g), 0.985 * (1 + 0.018 * torch.randn(people, generator=g))
+    return as_bytes(render_crops(Identity.sample(people, seed).to(device), moments.to(device), size, shift, zoom, closer)).cpu()
+
+# %% ../nbs/03_expression.ipynb #cell-122
+def draw_groups(path: Path, first: int, count: int, size: int, device, closer: float, only: str | None) -> None:
     "One file of `stored_groups`."
     with atomic(path) as part:
-        save_file({"pictures": torch.stack([render_group(first + k, size, closer, device) for k in range(count)])}, part)
+        save_file({"pictures": torch.stack([render_group(first + k, size, closer, device, only=only) for k in range(count)])}, part)
 
 
 def stored_groups(
-    folder: Path, groups: int, size: int, seed: int = 60_000_000, device=None, progress: bool = True, closer: float = 1.0, processes: int = 1
+    folder: Path,
+    groups: int,
+    size: int,
+    seed: int = 60_000_000,
+    device=None,
+    progress: bool = True,
+    closer: float = 1.0,
+    processes: int = 1,
+    only: str | None = None,  # what people of a group share (`render_group`)
 ) -> Tensor:  # uint8 (groups 16 3 size size)
     "Groups kept in files of fifty: what lies there already is not drawn again."
     folder.mkdir(parents=True, exist_ok=True)
     counts = [(seed + k, min(50, groups - k)) for k in range(0, groups, 50)]
-    files = [(folder / f"groups-{size}px_{closer}x_{first}_{count}.safetensors", first, count, size, device, closer) for first, count in counts]
+    name = f"{only or 'groups'}-{size}px_{closer}x"
+    files = [(folder / f"{name}_{first}_{count}.safetensors", first, count, size, device, closer, only) for first, count in counts]
     missing = [file for file in files if not file[0].exists()]
     with tqdm(total=len(missing), desc="groups, 50 at a time", leave=False, disable=not progress) as bar:
         for _ in in_processes(draw_groups, missing, processes):
             bar.update()
     return torch.cat([load_file(file[0])["pictures"] for file in files])
 
-# %% ../nbs/03_expression.ipynb #cell-124
+# %% ../nbs/03_expression.ipynb #cell-125
 class Agreement:
     "A second course so far; `save_course` and `load_course` know its parts."
 
@@ -1059,7 +1119,7 @@ class Agreement:
         off = said - others
         return {name: off[:, ix].square().mean() / self.targets["alone"][name] for name, ix in self.targets["parts"].items()}
 
-# %% ../nbs/03_expression.ipynb #cell-126
+# %% ../nbs/03_expression.ipynb #cell-127
 def one_agreement(course: Agreement) -> dict:  # {group: loss}
     "Some faces, disturbed; say what the others of their groups said; one step."
     s, faces = course.settings, course.pictures.flatten(0, 1)
@@ -1080,7 +1140,7 @@ def one_agreement(course: Agreement) -> dict:  # {group: loss}
     course.step += 1
     return {name: loss.item() for name, loss in losses.items()}
 
-# %% ../nbs/03_expression.ipynb #cell-128
+# %% ../nbs/03_expression.ipynb #cell-129
 def agree(
     init: ExpressionEncoder,
     pictures: Tensor,  # (groups people 3 s s) uint8: in a group all do the same
@@ -1097,6 +1157,8 @@ def agree(
     max_minutes: float = math.inf,
 ) -> ExpressionEncoder:  # in eval mode; its features mean what those of `init` meant
     "A second course: say of one face what `init` says of others who do the same, on average. Raises ValueError for pictures that are not groups."
+    if init.config.apart:
+        raise ValueError("want an encoder as a course left it, got one whose groups of features have been taken apart since")
     if pictures.ndim != 5 or pictures.shape[1] < 2 or pictures.dtype != torch.uint8:
         raise ValueError(f"want uint8 pictures (groups people 3 s s) of at least 2 people, got {tuple(pictures.shape)} {pictures.dtype}")
     device = torch.device(device or "cpu")
@@ -1111,7 +1173,7 @@ def agree(
     turn_down(course.encoder)
     return course.encoder
 
-# %% ../nbs/03_expression.ipynb #cell-134
+# %% ../nbs/03_expression.ipynb #cell-135
 def fit_mirror(
     faces: Tensor,  # (n d) features of faces
     there: Tensor,  # (n d) features of their mirror images
@@ -1128,7 +1190,7 @@ def fit_mirror(
     turn = (ways * size) @ axes @ torch.diag(values.sign()) @ axes.T @ (ways / size).T + torch.eye(len(ways)).to(a) - ways @ ways.T
     return turn.to(faces), middle.to(faces), values.to(faces)
 
-# %% ../nbs/03_expression.ipynb #cell-136
+# %% ../nbs/03_expression.ipynb #cell-137
 @torch.no_grad()
 def look_in_mirror(
     encoder: ExpressionEncoder,
@@ -1150,3 +1212,46 @@ def look_in_mirror(
     for name, mirror in both.mirrors.items():
         mirror.turn, mirror.middle, _ = fit_mirror(getattr(faces, name), getattr(there, name))
     return both
+
+# %% ../nbs/03_expression.ipynb #cell-146
+def fit_crosstalk(
+    own: Tensor,  # (groups people d) features of people who share what these features are to say, and nothing else
+    others: Tensor,  # (groups people r) their other features
+    strength: float = 0.01,  # of the ridge penalty
+) -> Tensor:  # (d r)
+    "How a group of features moves with the others while what it is to say stands still: within groups of people, least squares."
+    y, x = ((z - z.mean(1, keepdim=True)).flatten(0, 1).double() for z in (own, others))
+    return torch.linalg.solve(x.T @ x / len(x) + strength * torch.eye(x.shape[1]).to(x), x.T @ y / len(x)).T.to(own)
+
+# %% ../nbs/03_expression.ipynb #cell-148
+@torch.no_grad()
+def remove_crosstalk(
+    encoder: ExpressionEncoder,
+    pictures: dict[str, Tensor],  # {group of features: uint8 (groups people 3 s s), people who share its factors and no others}
+    progress: bool = False,
+) -> ExpressionEncoder:  # a new one, in eval mode
+    """An encoder that takes away what each group of features picks up of the others.
+
+    Raises ValueError for one that does already, and for pictures that are not groups, or not of all four kinds.
+    """
+    if encoder.config.apart:
+        raise ValueError("want an encoder whose groups are not taken apart yet, got one whose groups are")
+    if set(pictures) != set(GROUPS) or any(p.ndim != 5 or p.shape[1] < 2 or p.dtype != torch.uint8 for p in pictures.values()):
+        got = ", ".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in pictures.items())
+        raise ValueError(f"want uint8 pictures (groups people 3 s s) for each of {', '.join(GROUPS)}, got {got}")
+    device = next(encoder.parameters()).device
+    apart = ExpressionEncoder(replace(encoder.config, apart=True)).to(device)
+    apart.load_state_dict(apart.state_dict() | encoder.state_dict()), apart.eval()
+    asked, everybody = copy.deepcopy(encoder).eval(), []
+    for name in tqdm(GROUPS, desc="what each group picks up", leave=False, disable=not progress):
+        faces = [as_crops(part.to(device)).contiguous(memory_format=torch.channels_last) for part in pictures[name]]
+        said = torch.stack([asked(part).pack() for part in faces])
+        if encoder.config.mirror:  # what holds for faces holds for their mirror images
+            said = torch.cat([said, encoder.in_mirror(Features.unpack(said)).pack()])
+        said = Features.unpack(said)
+        apart.crosstalk[name].weight = fit_crosstalk(getattr(said, name), all_but(said, name))
+        everybody.append(said.pack().flatten(0, 1))
+    middle = Features.unpack(torch.cat(everybody).mean(0))
+    for name in GROUPS:
+        apart.crosstalk[name].middle = all_but(middle, name)
+    return apart

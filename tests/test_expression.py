@@ -352,6 +352,84 @@ def test_two_looks_are_better_than_one():
         look_in_mirror(plain, groups[0])
 
 
+def test_crosstalk_is_found_without_knowing_what_is_said():
+    from fantasy_nb.expression import fit_crosstalk
+
+    torch.manual_seed(0)
+    said, others, leak = torch.randn(80, 1, 3).repeat(1, 8, 1), torch.randn(80, 8, 6), torch.randn(3, 6)
+    found = fit_crosstalk(said + others @ leak.T + 0.1 * torch.randn(80, 8, 3), others, strength=1e-4)
+    assert torch.allclose(found, leak, atol=0.05)
+    assert fit_crosstalk(said + 0.1 * torch.randn(80, 8, 3), others).abs().max() < 0.05  # nothing is picked up, nothing is found
+
+
+def test_features_without_crosstalk_say_more_exactly_what_people_share():
+    from fantasy_nb.expression import GROUPS, agree, as_crops, remove_crosstalk, render_group
+
+    shipped = ExpressionEncoder.from_pretrained(data_samples("weights", "tiny", "encoder"))
+    mixed = ExpressionEncoder(replace(shipped.config, apart=False)).eval()
+    mixed.load_state_dict(shipped.state_dict(), strict=False)
+    groups = {name: torch.stack([render_group(90_000 + k, 96, 1.7, people=8, only=name) for k in range(12)]) for name in GROUPS}
+    spread = lambda said: (said - said.mean(1, keepdim=True)).square().mean().item()  # noqa: E731
+    with torch.no_grad():
+        for name in ("head", "eyes", "mouth"):  # of people it was not fitted on
+            before, after = (torch.stack([getattr(e(as_crops(part)), name) for part in groups[name]]) for e in (mixed, shipped))
+            assert spread(after) < 0.97 * spread(before), name
+            assert torch.corrcoef(torch.stack([before.mean(1)[:, 0], after.mean(1)[:, 0]]))[0, 1] > 0.95  # and the code is the old one
+    apart, crops = remove_crosstalk(mixed, groups), as_crops(groups["mouth"].flatten(0, 1)[:8])
+    with torch.no_grad():
+        said = [torch.stack([e(as_crops(part)).head for part in groups["head"]]) for e in (mixed, apart)]
+        assert spread(said[1]) < 0.8 * spread(said[0])  # of those it was fitted on
+        seen = mixed(crops)
+        assert torch.equal(apart.look(crops).pack(), mixed.look(crops).pack())
+        assert torch.allclose(apart.take_apart(seen).pack(), apart(crops).pack(), atol=1e-5)
+        there, back = apart.take_apart(mixed.in_mirror(seen)).pack(), apart.in_mirror(apart.take_apart(seen)).pack()
+        assert (there - back).square().mean() < 0.01 * (apart(crops).pack() - seen.pack()).square().mean()
+        two = apart(torch.stack([crops[:4], crops[4:]]))  # (b f 3 s s)
+        assert two.head.shape == (2, 4, 6) and torch.allclose(two.pack().flatten(0, 1), apart(crops).pack(), atol=1e-4)
+    with pytest.raises(ValueError, match="not taken apart yet"):
+        remove_crosstalk(apart, groups)
+    with pytest.raises(ValueError, match="for each of head, eyes, emotion, mouth, got"):
+        remove_crosstalk(mixed, {"head": groups["head"]})
+    with pytest.raises(ValueError, match="as a course left it"):
+        agree(apart, groups["head"])
+
+
+def test_groups_share_what_they_are_to_share_and_no_more(monkeypatch):
+    from fantasy_nb import expression
+    from fantasy_nb.expression import render_group, shared_moment
+    from fantasy_nb.faces import Expression
+
+    g = torch.Generator().manual_seed(5)
+    assert torch.equal(render_group(5, 24, 1.7, people=3), render_group(5, 24, 1.7, people=3))
+    assert not torch.equal(render_group(5, 24, 1.7, people=3), render_group(5, 24, 1.7, people=3, only="mouth"))
+    drawn, render = [], expression.render_crops
+    monkeypatch.setattr(expression, "render_crops", lambda people, moments, *rest: drawn.append(moments) or render(people, moments, *rest))
+    render_group(5, 24, 1.7, people=3, only="eyes")
+    moment = shared_moment(5, g)
+    for name in Expression.names():
+        values = getattr(drawn[0], name)
+        if name in Expression.GROUPS["eyes"]:
+            assert torch.equal(values, getattr(moment, name).repeat(3))
+        elif name in ("yaw", "pitch", "roll", "mouth_wide", "smile"):  # of the others some may be nought for everybody
+            assert len(values.unique()) == 3, name
+
+
+def test_crosstalk_as_a_command(tmp_path, capsys):
+    from fantasy_nb.expression import main
+
+    run = ["--config", "tiny", "--run", str(tmp_path / "run"), "--threads", "1"]
+    assert main([*run, "--steps", "0", "--apart", "1"]) == 2 and "want --init" in capsys.readouterr().err
+    assert main([*run, "--steps", "0", "--init", str(WEIGHTS)]) == 2 and "at least 2 blocks and 1 step" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main([*run, "--steps", "0", "--apart", "1", "--init", str(WEIGHTS)]) == 0 and "groups taken apart" in capsys.readouterr().out
+    weights = tmp_path / "run/weights"
+    again = ExpressionEncoder.from_pretrained(weights)
+    assert again.config.apart and again.crosstalk["head"].weight.shape == (6, 548) and again.crosstalk["head"].weight.abs().max() > 0
+    assert len(list((tmp_path / "run/groups").iterdir())) == 4
+    assert main(["--config", "tiny", "--run", str(tmp_path / "more"), "--steps", "1", "--init", str(weights)]) == 2
+    assert "as a course left it" in capsys.readouterr().err
+
+
 def test_a_mirror_is_kept_with_the_weights_and_through_a_course(tmp_path, capsys):
     from fantasy_nb.expression import agree, look_in_mirror, main, render_group
 
