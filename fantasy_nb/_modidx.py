@@ -295,6 +295,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fantasy_nb.expression.Agreement.ask': ('expression.html#agreement.ask', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.Agreement.errors': ( 'expression.html#agreement.errors',
                                                                                    'fantasy_nb/expression.py'),
+                                       'fantasy_nb.expression.Agreement.judges': ( 'expression.html#agreement.judges',
+                                                                                   'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.Bank': ('expression.html#bank', 'fantasy_nb/expression.py'),
                                        'fantasy_nb.expression.Bank.__getitem__': ( 'expression.html#bank.__getitem__',
                                                                                    'fantasy_nb/expression.py'),

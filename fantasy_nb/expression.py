@@ -897,6 +897,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="of --agree: number of the first group; a later course may see other people than an earlier one (default: 0)",
     )
     parser.add_argument(
+        "--heads",
+        type=at_least(0),
+        default=0,
+        metavar="GROUPS",
+        help="of --agree: learn the head from so many groups of people who hold their heads alike and otherwise do what they like, and from the others all but the head (default: 0, all from the same groups)",
+    )
+    parser.add_argument(
         "--mirror",
         action="store_true",
         help="with --agree: learn from the groups what a mirror does to features, look at every face twice from then on, and take the course with mirror images too (--steps 0: no course)",
@@ -948,8 +955,8 @@ def run_course(args: argparse.Namespace) -> int:
         raise ValueError(f"want at least 2 blocks and 1 step (none with --mirror or --apart), got --blocks {args.blocks} --steps {steps}")
     if not steps and args.init is None:
         raise ValueError("want --init with --steps 0: without a course there is nothing but its encoder")
-    if (args.mirror or args.first) and not second:
-        raise ValueError("want --agree GROUPS with --mirror and --first: both speak of groups of people who do the same")
+    if (args.mirror or args.first or args.heads) and not second:
+        raise ValueError("want --agree GROUPS with --mirror, --first and --heads: they speak of groups of people who do the same")
     if second and (args.init is None or args.agree < 2 or args.texture):
         raise ValueError(
             f"want --init, at least 2 groups and no --texture for --agree, got --init {args.init} --agree {args.agree} --texture {args.texture}"
@@ -979,10 +986,12 @@ def run_course(args: argparse.Namespace) -> int:
         options = dict(seed=args.seed, bf16=args.bf16, device=device, max_minutes=args.max_minutes, log=write, checkpoint=checkpoint)
         options |= {name: value for name, value in (("strength", args.strength), ("learning_rate", args.lr)) if value is not None}
         if second:
-            groups = stored_groups(args.pictures or run / "groups", args.agree, config.image_size, 60_000_000 + args.first, device, **draw)
+            folder = args.pictures or run / "groups"
+            groups = stored_groups(folder, args.agree, config.image_size, 60_000_000 + args.first, device, **draw)
+            heads = stored_groups(folder, args.heads, config.image_size, 80_000_000 + args.first, device, only="head", **draw) if args.heads else None
             encoder = look_in_mirror(init.to(device), groups[:400], True) if args.mirror else init
             if steps:
-                encoder = agree(encoder, groups, steps, **options)
+                encoder = agree(encoder, groups, steps, heads=heads, **options)
         elif steps:
             bank = stored_bank(args.pictures or run / "pictures", args.blocks, config.image_size, 5_000_000, device, **draw)
             encoder = train_encoder(config, steps, bank=bank, texture=args.texture, init=init, **options)
@@ -1083,8 +1092,9 @@ def stored_groups(
 class Agreement:
     "A second course so far; `save_course` and `load_course` know its parts."
 
-    def __init__(self, init: ExpressionEncoder, pictures: Tensor, settings: dict, device):
+    def __init__(self, init: ExpressionEncoder, pictures: Tensor, settings: dict, device, heads: Tensor | None = None):
         self.settings, self.device, self.step = settings | {"config": asdict(init.config)}, device, 0
+        self.heads = 0 if heads is None else heads.shape[0] * heads.shape[1]  # the first so many faces teach the head, the others the rest
         self.g, self.encoder = torch.Generator().manual_seed(settings["seed"]), copy.deepcopy(init).to(device).train()
         for layer in self.encoder.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -1096,7 +1106,10 @@ class Agreement:
             Muon(matrices, settings["learning_rate"]),
             torch.optim.AdamW(others, settings["learning_rate"] / 6, (0.9, 0.98), weight_decay=0.0),
         )
-        self.projections, self.blocks, self.targets, self.pictures = nn.ModuleDict(), torch.empty(0), None, pictures
+        self.projections, self.blocks, self.targets, self.pictures = nn.ModuleDict(), torch.empty(0), None, pictures if heads is None else torch.cat([heads, pictures])
+
+    def judges(self, name: str, which: Tensor) -> Tensor:  # of some faces, those that are judged by this group of features
+        return (which < self.heads) == (name == "head") if self.heads else torch.ones_like(which, dtype=torch.bool)
 
     @torch.no_grad()
     def ask(self, init: ExpressionEncoder, progress: bool = False) -> None:
@@ -1104,12 +1117,13 @@ class Agreement:
         asked, init = tqdm(self.pictures.split(1), desc="asking groups", leave=False, disable=not progress), init.to(self.device).eval()
         crops = lambda part: as_crops(part.flatten(0, 1).to(self.device)).contiguous(memory_format=torch.channels_last)  # noqa: E731
         said = torch.cat([init(crops(part)).pack() for part in asked]).unflatten(0, self.pictures.shape[:2])
-        others = (said.sum(1, keepdim=True) - said) / (said.shape[1] - 1)
-        live, first, parts, alone = said.flatten(0, 1).std(0) > 1e-4, 0, {}, {}
+        others = ((said.sum(1, keepdim=True) - said) / (said.shape[1] - 1)).flatten(0, 1)
+        said, live, first, parts, alone = said.flatten(0, 1), said.flatten(0, 1).std(0) > 1e-4, 0, {}, {}
         for name, width in FEATURE_WIDTHS.items():
             parts[name] = torch.arange(first, first + width)[live[first : first + width].cpu()]
-            alone[name], first = (said - others)[..., parts[name]].square().mean().item(), first + width
-        self.targets = {"others": others.flatten(0, 1), "parts": parts, "alone": alone}
+            mine = self.judges(name, torch.arange(len(said))).to(said.device)
+            alone[name], first = (said - others)[mine][:, parts[name]].square().mean().item(), first + width
+        self.targets = {"others": others, "parts": parts, "alone": alone}
 
     def errors(self, said: Tensor, which: Tensor, turned: Tensor | None = None) -> dict:  # {group: mean squared error, 1 = as at the beginning}
         "How far some faces' features are from what the others' said (in the mirror, where a face was `turned`)."
@@ -1117,7 +1131,8 @@ class Agreement:
         if turned is not None:
             others = torch.where(turned[:, None], self.encoder.in_mirror(Features.unpack(others)).pack(), others)
         off = said - others
-        return {name: off[:, ix].square().mean() / self.targets["alone"][name] for name, ix in self.targets["parts"].items()}
+        mine = {name: self.judges(name, which).to(off.device) for name in self.targets["parts"]}
+        return {name: off[mine[name]][:, ix].square().mean() / self.targets["alone"][name] for name, ix in self.targets["parts"].items()}
 
 # %% ../nbs/03_expression.ipynb #cell-127
 def one_agreement(course: Agreement) -> dict:  # {group: loss}
@@ -1125,7 +1140,10 @@ def one_agreement(course: Agreement) -> dict:  # {group: loss}
     s, faces = course.settings, course.pictures.flatten(0, 1)
     rate = s["learning_rate"] * min(1, (course.step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * course.step / s["steps"]))
     course.muon.param_groups[0]["lr"], course.adamw.param_groups[0]["lr"] = rate, rate / 6
-    i = torch.randint(len(faces), (s["batch"],), generator=course.g)
+    half = s["batch"] // 2 if course.heads else 0  # as many of either kind
+    i = course.heads + torch.randint(len(faces) - course.heads, (s["batch"] - half,), generator=course.g)
+    if half:
+        i = torch.cat([torch.randint(course.heads, (half,), generator=course.g), i])
     crops, turned = as_crops(faces[i].to(course.device)), None
     if course.encoder.config.mirror:  # every second face is seen there
         turned = (torch.rand(len(i), generator=course.g) < 0.5).to(course.device)
@@ -1155,15 +1173,18 @@ def agree(
     log=None,  # called with (step, {group: loss}) after every step
     checkpoint=None,  # a file: written every 100 steps and at the end; if it is there, the run goes on from it
     max_minutes: float = math.inf,
+    heads: Tensor | None = None,  # (groups people 3 s s) uint8: all hold their heads alike, and no more; then the head is learned from these alone
 ) -> ExpressionEncoder:  # in eval mode; its features mean what those of `init` meant
     "A second course: say of one face what `init` says of others who do the same, on average. Raises ValueError for pictures that are not groups."
     if init.config.apart:
         raise ValueError("want an encoder as a course left it, got one whose groups of features have been taken apart since")
-    if pictures.ndim != 5 or pictures.shape[1] < 2 or pictures.dtype != torch.uint8:
-        raise ValueError(f"want uint8 pictures (groups people 3 s s) of at least 2 people, got {tuple(pictures.shape)} {pictures.dtype}")
+    for some in (pictures,) if heads is None else (pictures, heads):
+        if some.ndim != 5 or some.shape[1] < 2 or some.dtype != torch.uint8 or some.shape[1:] != pictures.shape[1:]:
+            raise ValueError(f"want uint8 pictures (groups people 3 s s) of at least 2 people, got {tuple(some.shape)} {some.dtype}")
     device = torch.device(device or "cpu")
     settings = dict(steps=steps, seed=seed, groups=list(pictures.shape), batch=batch, strength=strength, learning_rate=learning_rate, bf16=bf16)
-    course = Agreement(init, pictures, settings, device)
+    settings |= {} if heads is None else {"heads": list(heads.shape)}
+    course = Agreement(init, pictures, settings, device, heads)
     if checkpoint and Path(checkpoint).exists():
         load_course(course, checkpoint)
     else:

@@ -302,6 +302,31 @@ def test_a_second_course_goes_on_exactly_where_it_stopped(tmp_path):
         agree(init, groups, **options | dict(batch=8), checkpoint=tmp_path / "c.pt")
 
 
+def test_heads_are_learned_from_people_who_share_nothing_else():
+    from fantasy_nb.expression import Agreement, agree, one_agreement, render_group
+
+    init = ExpressionEncoder.from_pretrained(WEIGHTS)
+    groups = torch.stack([render_group(k, 96, 1.7, people=4) for k in range(4)])
+    heads = torch.stack([render_group(90_000 + k, 96, 1.7, people=4, only="head") for k in range(3)])
+    settings = dict(steps=2, seed=0, batch=12, strength=0.0, learning_rate=1e-3, bf16=False)
+    course = Agreement(init, groups, settings, torch.device("cpu"), heads)
+    course.ask(init)
+    assert course.heads == 12 and len(course.pictures) == 7
+    with torch.no_grad():
+        said = init(torch.cat([heads, groups]).flatten(0, 1).float() / 127.5 - 1).pack()
+        before = course.errors(said, torch.arange(28))
+        assert all(abs(loss.item() - 1) < 1e-3 for loss in before.values())  # at the beginning all count alike
+        said[12:, :6] += 100  # what is said of a head where all do the same is nobody's business,
+        said[:12, 6:] += 100  # and so is the rest where heads alone are alike
+        assert course.errors(said, torch.arange(28)) == before
+        said[0, 0] += 1
+        assert course.errors(said, torch.arange(28))["head"] > before["head"]
+    losses = one_agreement(course)
+    assert all(0 < loss < 100 for loss in losses.values())
+    with pytest.raises(ValueError, match="want uint8 pictures .groups people 3 s s. of at least 2 people, got"):
+        agree(init, groups, heads=heads[:, :2])
+
+
 def test_the_second_course_as_a_command(tmp_path, capsys):
     from fantasy_nb.expression import main
 
@@ -312,6 +337,10 @@ def test_the_second_course_as_a_command(tmp_path, capsys):
     assert main([*command, "--resume"]) == 0
     assert ExpressionEncoder.from_pretrained(tmp_path / "run/weights").config == ExpressionConfig.tiny()
     assert len(list((tmp_path / "run/groups").iterdir())) == 1
+    with_heads = ["--config", "tiny", "--run", str(tmp_path / "heads"), "--agree", "2", "--heads", "2", "--steps", "1"]
+    assert main([*with_heads, "--init", str(WEIGHTS)]) == 0
+    assert sorted(file.name.split("-")[0] for file in (tmp_path / "heads/groups").iterdir()) == ["groups", "head"]
+    assert main(["--config", "tiny", "--run", str(tmp_path / "no"), "--heads", "2"]) == 2 and "want --agree" in capsys.readouterr().err
 
 
 def test_a_mirror_is_found_and_is_its_own_inverse():
