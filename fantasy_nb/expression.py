@@ -1183,7 +1183,7 @@ def agree(
             raise ValueError(f"want uint8 pictures (groups people 3 s s) of at least 2 people, got {tuple(some.shape)} {some.dtype}")
     device = torch.device(device or "cpu")
     settings = dict(steps=steps, seed=seed, groups=list(pictures.shape), batch=batch, strength=strength, learning_rate=learning_rate, bf16=bf16)
-    settings |= {} if heads is None else {"heads": list(heads.shape)}
+    settings["heads"] = None if heads is None else list(heads.shape)
     course = Agreement(init, pictures, settings, device, heads)
     if checkpoint and Path(checkpoint).exists():
         load_course(course, checkpoint)

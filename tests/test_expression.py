@@ -300,6 +300,8 @@ def test_a_second_course_goes_on_exactly_where_it_stopped(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), pieces.state_dict().values()))
     with pytest.raises(ValueError, match="another run"):
         agree(init, groups, **options | dict(batch=8), checkpoint=tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="another run"):
+        agree(init, groups, **options, heads=groups, checkpoint=tmp_path / "c.pt")
 
 
 def test_heads_are_learned_from_people_who_share_nothing_else():
