@@ -268,7 +268,8 @@ def frames_velocity(animator: Animator, config: PipelineConfig, portrait: Tensor
     "As `film_velocity`, with every frame by itself: x (1 c f h w) holds one latent frame for each frame of the film."
     pieces = []
     for part in features[:, 1:].split(at_once, 1):
-        expression, mask = animator.listen(part.transpose(0, 1)[:, :, None], owners[:1].expand(part.shape[1], 1, -1), stills=True)
+        moments = torch.stack([features[:, :1].expand_as(part), part], 2).transpose(0, 1)  # the portrait's own, then the frame's
+        expression, mask = animator.listen(moments, owners[:1].expand(part.shape[1], 1, -1), stills=True)
         pieces.append((part.shape[1], mask, animator.dit.prepare(expression=expression)))
     condition = image_condition(portrait, 2)[:, :, 1:]
 

@@ -1098,7 +1098,7 @@ class Agreement:
         self.g, self.encoder = torch.Generator().manual_seed(settings["seed"]), copy.deepcopy(init).to(device).train()
         for layer in self.encoder.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                layer.momentum = max(0.02, 12 / settings["steps"])  # statistics of the last fifty steps, or fewer where there are few
+                layer.momentum = min(1.0, max(0.02, 12 / settings["steps"]))  # statistics of the last fifty steps, or fewer where there are few
         lasts = {id(last_layer(self.encoder, name).weight) for name in GROUPS}
         matrices = [w for w in self.encoder.parameters() if w.ndim > 1 and id(w) not in lasts]
         others = [w for w in self.encoder.parameters() if w.ndim < 2] + [last_layer(self.encoder, name).weight for name in GROUPS]

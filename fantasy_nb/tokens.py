@@ -29,6 +29,7 @@ class TokenConfig:
     head_width: int = 64
     expand: int = 4  # the feed-forward layer is this many times wider
     frame_position: bool = False  # add an embedding of the frame's place in its window
+    origin: bool = False  # the linear tokens are told the portrait's own features as well
 
     def __post_init__(self):
         known = [name for name, _ in self.queries]
@@ -43,12 +44,12 @@ class TokenConfig:
     @classmethod
     def mini(cls):
         "For one GPU, or a patient CPU."
-        return cls(width=256, resampler_width=128, depth=1, heads=4, head_width=32, frame_position=True)
+        return cls(width=256, resampler_width=128, depth=1, heads=4, head_width=32, frame_position=True, origin=True)
 
     @classmethod
     def tiny(cls):
         "For two CPU cores."
-        return cls(width=64, resampler_width=64, depth=1, heads=2, head_width=32, frame_position=True)
+        return cls(width=64, resampler_width=64, depth=1, heads=2, head_width=32, frame_position=True, origin=True)
 
     @property
     def tokens_per_frame(self) -> int:
@@ -127,9 +128,18 @@ class ExpressionTokens(nn.Module):
         self.place = nn.Embedding(5, config.width) if config.frame_position else None
         if self.place is not None:
             nn.init.normal_(self.place.weight, std=0.02)
+        self.origin = None
+        if config.origin:
+            self.origin = nn.ModuleDict({name: nn.Linear(width, config.width, bias=False) for name, width in FEATURE_WIDTHS.items()})
+            for project in self.origin.values():
+                nn.init.zeros_(project.weight)  # at first nothing is added
 
-    def forward(self, features, mouth=1.0, emotion=1.0, overall=1.0, place=True, rest=None) -> Tensor:  # Features or (b f 554) -> (b f 24 d)
-        "The three dials and `rest` are those of `strengthen`; place=False: frames that are no part of a window."
+    def forward(  # Features or (b f 554) -> (b f 24 d)
+        self, features, mouth=1.0, emotion=1.0, overall=1.0, place=True, rest=None, origin: Tensor | None = None
+    ) -> Tensor:
+        "The three dials and `rest` are those of `strengthen`; place=False: frames that are no part of a window; origin (b 554): the portrait's own features (None adds nothing)."
+        if origin is not None and self.origin is None:
+            raise ValueError("want a config with origin=True for the portrait's own features, got one without")
         x = features if isinstance(features, Features) else Features.unpack(features)
         if self.place is not None and place and x.head.ndim != 3:
             raise ValueError(
@@ -137,6 +147,9 @@ class ExpressionTokens(nn.Module):
             )
         x = strengthen(x, mouth, emotion, overall, rest)
         linear = self.norm(torch.stack([project(getattr(x, name)) for name, project in self.linear.items()], -2))
+        if origin is not None:
+            start = Features.unpack(origin)
+            linear = linear + torch.stack([project(getattr(start, name)) for name, project in self.origin.items()], -2)[..., None, :, :]
         learnable = []
         for name, resample in self.resamplers.items():  # every frame on its own: a sequence of one vector
             group = getattr(x, name)
@@ -159,7 +172,7 @@ def frame_place(frames: int, device=None) -> Tensor:  # (f,) 0 for frame 0, then
     f = torch.arange(frames, device=device)
     return torch.where(f == 0, f, 1 + (f - 1) % 4)
 
-# %% ../nbs/04_tokens.ipynb #cell-035
+# %% ../nbs/04_tokens.ipynb #cell-037
 TOKEN_RENAMES = {
     "linear.head": "proj_model.headpose_proj",
     "linear.eyes": "proj_model.eye_proj",
@@ -179,7 +192,7 @@ def released_token_name(name: str) -> str:
         name = name.replace(ours, theirs)
     return name
 
-# %% ../nbs/04_tokens.ipynb #cell-038
+# %% ../nbs/04_tokens.ipynb #cell-040
 def window_index(
     frames: int,  # f = 4n+1
     tokens: int = 24,  # e, a frame's tokens
@@ -197,7 +210,7 @@ def window_index(
     later = torch.arange(1, frames, 4)[:, None] * tokens - stray + torch.arange(4 * tokens + stray)
     return torch.cat([first[None], later])
 
-# %% ../nbs/04_tokens.ipynb #cell-039
+# %% ../nbs/04_tokens.ipynb #cell-041
 def window_tokens(
     tokens: Tensor,  # (b f e d), f = 4n+1
     compat: str | None = None,

@@ -91,12 +91,13 @@ class Animator(nn.Module):
 
     def listen(
         self,
-        features: Tensor,  # (b p f 554)
+        features: Tensor,  # (b p f 554), first the portrait's own
         owners: Tensor,  # (b t n), 0 = background
-        stills: bool = False,  # features (b p t 554): every latent frame shows one moment
+        stills: bool = False,  # features (b p 1+t 554): the portrait's own, then a moment for every latent frame
     ) -> tuple[Tensor, Tensor]:  # expression (b t p*e d), mask (b t n p*e)
         "Features of all people -> what the expression memory takes."
-        p, tokens = features.shape[1], self.tokens(features.flatten(0, 1), place=not stills)
+        p, each = features.shape[1], features.flatten(0, 1)
+        tokens = self.tokens(each[:, int(stills) :], place=not stills, origin=each[:, 0] if self.tokens.config.origin else None)
         if stills:  # a still is a window whose four frames agree: attention over one copy gives what it gives over four
             keep = torch.ones(tokens.shape[1:3], dtype=torch.bool, device=tokens.device)
         else:
@@ -109,7 +110,7 @@ class Animator(nn.Module):
         x_t: Tensor,  # (b c t h w) noisy latents
         t: Tensor,  # (b,) in [0, 1]
         portrait: Tensor,  # (b c 1 h w)
-        features: Tensor,  # (b p f 554)
+        features: Tensor,  # (b p f 554), first the portrait's own
         owners: Tensor,  # (b t n)
         scale: Tensor | float = 1.0,  # of the expression branch, per sample; 0 = "no expression"
         stills: bool = False,  # latent frames are moments, the portrait is not among them
@@ -236,12 +237,13 @@ def encode_stills(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder, token: 
 
 
 def pick_moments(batch: dict[str, Tensor], g: torch.Generator, count: int = 2) -> dict[str, Tensor]:
-    "A few moments of each sample, others every time, as samples of their own; `portrait` (b c 1 h w) is the first moment."
+    "A few moments of each sample, others every time, as samples of their own; `portrait` (b c 1 h w) is the first moment, whose features come before theirs (b p 2 554)."
     picked = 1 + torch.randperm(batch["latents"].shape[2] - 1, generator=g)[:count]
     picked = picked.to(batch["latents"].device)
     alone = {name: rearrange(batch[name][:, :, picked], "b c m ... -> (b m) c 1 ...") for name in ("latents", "features", "weight")}
-    repeated = {"portrait": batch["latents"][:, :, :1], "owners": batch["owners"]}
-    return alone | {name: value.repeat_interleave(len(picked), 0) for name, value in repeated.items()}
+    repeated = {"portrait": batch["latents"][:, :, :1], "owners": batch["owners"], "own": batch["features"][:, :, :1]}
+    repeated = {name: value.repeat_interleave(len(picked), 0) for name, value in repeated.items()}
+    return alone | repeated | {"features": torch.cat([repeated.pop("own"), alone["features"]], 2)}
 
 # %% ../nbs/10_train.ipynb #cell-024
 def mirrored(clip: Clip, seed: int) -> Clip:
@@ -589,6 +591,8 @@ def check_run(config: TrainConfig, world: int, decode, views=None) -> None:
         raise ValueError(
             f'want loss="latents", or loss="pixels" with prediction="clean" and a decoder, got {config.loss!r}, {config.prediction!r}, decode={decode}'
         )
+    if not 0 < config.decay <= 1:
+        raise ValueError(f"want decay above 0 and at most 1, got {config.decay}")
     if not 0 <= config.new_views <= 1 or (config.new_views and views is None):
         raise ValueError(f"want new_views between 0 and 1, and NewViews if it is not 0, got {config.new_views}, views={views}")
 
@@ -817,6 +821,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=None, help="clips a step, of all processes together")
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
     parser.add_argument(
+        "--decay",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="share of the steps, at the end, over which the rate falls to zero (default: the stage's, 0.3 for stills); a course that goes on from good weights wants a low --lr and 0.9",
+    )
+    parser.add_argument(
         "--loss",
         choices=["latents", "pixels"],
         default=None,
@@ -975,7 +986,7 @@ def load_animator(args: argparse.Namespace, stage: str, init: Path | None, devic
 # %% ../nbs/10_train.ipynb #cell-083
 def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None, out: Path) -> bool:  # was it trained to its last step?
     "One stage of `STAGES`: fill its cache, train, write the averaged weights into `out`."
-    asked = {name: getattr(args, name) for name in ("steps", "batch", "lr", "loss", "learn_base", "bf16", "seed", "new_views")}
+    asked = {name: getattr(args, name) for name in ("steps", "batch", "lr", "decay", "loss", "learn_base", "bf16", "seed", "new_views")}
     (kinds, config), accelerator = STAGES[stage], make_accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
     cache = args.cache or (run.parent if args.stage == "all" else run) / "cache"  # stages of one run share their pictures
@@ -1041,7 +1052,7 @@ def run_training(args: argparse.Namespace) -> int:
             print(f"fantasy-train: {args.stage} from random weights, without stills before them (--init): heads will hardly follow", file=sys.stderr)
         run_stage(args, args.stage, run, args.init, weights)
         return 0
-    alone = [f"--{name}" for name in ("clips", "steps", "lr", "loss", "learn-base", "new-views") if getattr(args, name.replace("-", "_")) is not None]
+    alone = [f"--{name}" for name in ("clips", "steps", "lr", "decay", "loss", "learn-base", "new-views") if getattr(args, name.replace("-", "_")) is not None]
     if alone:
         raise ValueError(f"{' and '.join(alone)} belong to one stage: say which with --stage {', --stage '.join(STAGES)}")
     init, stages = args.init, [stage for stage in ONE_AFTER_THE_OTHER if set(STAGES[stage][0]) <= set(PICTURES[args.config])]

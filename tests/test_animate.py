@@ -305,7 +305,7 @@ def test_every_frame_by_itself_is_the_still_the_network_draws(pipeline):
     assert film.shape == (1, 48, 8, 8, 12) and decode_film(pipeline.vae, film, 0).shape == (8, 64, 96, 3)
     noise = torch.randn(1, 48, 1, 8, 12, generator=torch.Generator().manual_seed(5))
     for k in (0, 7):  # what training's first stage asks of the network, one moment at a time
-        still = pipeline.animator(noise, torch.ones(1), portrait, features[None, :, k + 1 : k + 2], owners[None, :1], stills=True)
+        still = pipeline.animator(noise, torch.ones(1), portrait, features[None, :, [0, k + 1]], owners[None, :1], stills=True)
         torch.testing.assert_close(film[:, :, k : k + 1], still, atol=2e-5, rtol=1e-4)
     from fantasy_nb.animate import frames_velocity
 
@@ -405,6 +405,20 @@ def test_the_measuring_tool_finds_films_between_floor_and_ceiling():
     mouth = next(line.split() for line in run.stdout.splitlines() if line.split()[:2] == ["encoder", "mouth_open"])
     own, _, other, _, _, swapped = map(float, mouth[2:])
     assert own > 0.5 and own > other + 0.3 and swapped > 0.3  # with the drivers swapped the new one is followed
+
+
+def test_the_mean_of_many_drivers_is_heard_as_one_driver_is(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    import measure_animation as tool
+
+    weights, drawn = tool.Weights("tiny", "cpu"), tool.jittered_crops
+    clip = weights.clips(1, 5)[0]
+    monkeypatch.setattr(tool, "jittered_crops", lambda motion, size, seed, closer: clip.crops[0] if seed % 16 < 2 else drawn(motion, size, seed, closer))
+    told = []
+    for many in (2, 6):  # twice the clip's own driver; four others as well
+        tool.ears(weights, {1: 1}, 5, many)
+        told.append([float(x) for x in re.findall(r"([\d.]+) dB", capsys.readouterr().out)])
+    assert told[0][0] == told[0][1] == told[1][0] != told[1][1]
 
 
 def test_a_painter_who_hears_true_heads_is_better_than_one_who_hears_the_encoder(monkeypatch, capsys):

@@ -106,6 +106,23 @@ def test_step_zero_holds_the_portrait(cache):
     assert torch.equal(*answers) and torch.equal(answers[0], batch["latents"][:, :, :1].expand_as(answers[0]))
 
 
+def test_what_is_drawn_depends_on_the_portraits_own_features_too(cache):
+    animator = small_animator()
+    torch.nn.init.normal_(animator.tokens.origin["head"].weight)
+    batch = LatentClips(cache).stack([1])
+    for stills in (False, True):
+        features = batch["features"][:, :, :2] if stills else batch["features"]
+        owners = batch["owners"][:, :1] if stills else batch["owners"]
+        own, later = features.clone(), features.clone()
+        own[:, 0, 0, :6] += 1  # another head in the portrait
+        later[:, 0, 1, :6] += 1  # in a later moment
+        heard, by_own, by_later = (animator.listen(x, owners, stills)[0].unflatten(2, (2, -1)) for x in (features, own, later))
+        assert heard.shape[1] == (1 if stills else batch["latents"].shape[2])
+        assert (by_own - heard)[:, :, 0].abs().amax((0, 2, 3)).min() > 0  # is heard in every latent frame, by the one whose portrait it is
+        assert (by_own - heard)[:, :, 1].abs().max() < 1e-4
+        assert (by_later - heard)[:, -1 if stills else 1, 0].abs().max() > 0
+
+
 def test_after_training_each_person_listens_to_their_own_features_in_the_expression_branch(cache):
     animator = small_animator()
     train(animator, LatentClips(cache), SMALL, show=False)
@@ -486,8 +503,8 @@ def test_encoded_stills_become_samples_of_one_moment():
     assert picked["owners"].shape == (2, 1, 96) and all(torch.equal(p, batch["latents"][0, :, :1]) for p in picked["portrait"])
     sources = [[j for j in range(4) if torch.equal(x[:, 0], batch["latents"][0, :, j])] for x in picked["latents"]]
     assert all(len(s) == 1 and s[0] > 0 for s in sources) and sources[0] != sources[1]  # never the portrait
-    for x, w, (j,) in zip(picked["features"], picked["weight"], sources):  # each moment brings its own features and weight along
-        assert torch.equal(x[:, 0], batch["features"][0, :, j]) and torch.equal(w[:, 0], batch["weight"][0, :, j])
+    for x, w, (j,) in zip(picked["features"], picked["weight"], sources):  # each moment brings its own features and weight along, and the portrait's before them
+        assert torch.equal(x, batch["features"][0][:, [0, j]]) and torch.equal(w[:, 0], batch["weight"][0, :, j])
 
 
 def test_new_views_move_pictures_weights_and_regions_alike():
@@ -534,7 +551,7 @@ def test_a_still_equals_a_window_whose_four_frames_agree():
     animator = small_animator(2)
     for p in animator.dit.parameters():  # not the zeros of the start
         p.data.add_(0.05 * torch.randn_like(p))
-    x, moment, owners, t = torch.randn(2, 100, 1, 4, 8), torch.randn(2, 2, 1, 554), torch.randint(0, 3, (2, 1, 32)), torch.tensor([1000.0, 400.0])
+    x, moment, owners, t = torch.randn(2, 100, 1, 4, 8), torch.randn(2, 2, 2, 554), torch.randint(0, 3, (2, 1, 32)), torch.tensor([1000.0, 400.0])
     with torch.no_grad():
         expression, mask = animator.listen(moment, owners, stills=True)
         fourfold = lambda z: z.unflatten(-1, (2, 24)).repeat_interleave(4, -2).flatten(-2)  # noqa: E731

@@ -1,6 +1,7 @@
 "Chapter 04: expression tokens, their windows, and agreement with the release."
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +212,23 @@ def test_wrong_groups_and_unbatched_features_are_refused():
     with pytest.raises(ValueError, match=r"want features \(b f 554\).*got \(24,\) \+ \(554,\)"):
         tokens(torch.rand(24, 554))
     assert tokens(torch.rand(24, 554), place=False).shape == (24, 24, 64)
+
+
+def test_the_portraits_own_features_move_the_linear_tokens_and_nothing_else():
+    tokens, x, own = ExpressionTokens(replace(TokenConfig.tiny(), origin=True)).eval(), torch.rand(2, 5, 554), torch.rand(2, 554)
+    with torch.no_grad():
+        before = tokens(x)
+        assert torch.equal(tokens(x, origin=own), before)  # at first they say nothing
+        for project in tokens.origin.values():
+            project.weight.normal_()
+        moved = tokens(x, origin=own) - before
+        assert moved[:, :, 4:].abs().max() == 0 and moved[:, :, :4].abs().amin(-1).min() > 0
+        assert torch.allclose(moved, moved[:, :1].expand_as(moved), atol=1e-5)  # by as much in every frame, and by the dials not at all
+        assert torch.allclose(tokens(x, mouth=0.0, overall=0.5, origin=own) - tokens(x, mouth=0.0, overall=0.5), moved, atol=1e-5)
+        assert torch.allclose((tokens(x, origin=own.flip(0)) - before).flip(0), moved, atol=1e-5)
+        assert torch.equal(tokens(x), before)  # not told, nothing is added
+    with pytest.raises(ValueError, match="want a config with origin=True for the portrait's own features, got one without"):
+        ExpressionTokens(replace(TokenConfig.tiny(), origin=False))(x, origin=own)
 
 
 def test_rest_is_where_a_dial_at_zero_ends():

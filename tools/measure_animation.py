@@ -1,9 +1,10 @@
 """What do the weights do on people and motions that they have never seen? `python tools/measure_animation.py --weights tiny mini`
 
-Parts (`--parts`, default all but painter):
+Parts (`--parts`, default all but painter and ears):
   pictures   PSNR against the true film, between the portrait held still (floor) and the VAE's own reconstruction (ceiling); one, two and three people
   following  r of drivers' true curves with what is measured in the films, own driver and others', pooled over all clips (each curve minus its mean in the clip); drivers swapped; true films for comparison
   painter    a bound: somebody who draws the scene exactly, and of the drivers hears nothing but what the encoder says; PSNR as in pictures (also with true heads, with everything true but heads, and averaged over what the heads may be)
+  ears       is it the ear or the hand? PSNR as in pictures, with each driver's features as heard, and as the mean of sixteen drivers' who do the same
   steps      PSNR and seconds against solver steps, guidance, its interval, draws
   long       200 frames: background, identity (face shape and colour, against other people's) over time; as recommended, in windows, and naively chained
   real       real drivers (../shared/real) on drawn portraits: r of what MediaPipe reads in the driver with what it reads in the film; films, and contact sheets that show the driver, into --out
@@ -230,6 +231,24 @@ def painter(weights: Weights, counts: dict[int, int], frames: int, copies: int =
         print(f"{weights.name}, {people} people, {count} clips of {frames - 1} frames: portrait held {low:.2f}, VAE {high:.2f}; a painter who knows the scene: {told}", flush=True)
 
 
+@torch.no_grad()
+def ears(weights: Weights, counts: dict[int, int], frames: int, many: int = 16) -> None:
+    "Print how much films gain if what is heard of a performance is the mean of many drivers who perform it."
+    encoder = weights.pipeline.encoder
+    for people, count in counts.items():
+        clips, rows = weights.clips(people, frames), []
+        for k in tqdm(range(count), desc=f"ears, {people} people", unit="clip"):
+            clip = clips[k]
+            video, features, owners = weights.read(clip)
+            said = [[encoder(jittered_crops(motion, encoder.config.image_size, 64 * k + 16 * j + n, encoder.config.closer).to(weights.device) / 127.5 - 1).pack() for n in range(many)] for j, motion in enumerate(clip.motions)]
+            mean = torch.stack([torch.stack(each).mean(0) for each in said])
+            truth, still = true_frames(video), np.repeat(to_pixels(video[:, :, :1]), frames - 1, 0)
+            rows.append([psnr(film, truth) for film in (still, weights.film(video, features, owners), weights.film(video, mean, owners), weights.reconstructed(video))])
+        low, one, all_, high = np.mean(rows, 0)
+        share = lambda x: f"{x:.2f} dB ({(x - low) / (high - low):.1%})"  # noqa: E731
+        print(f"{weights.name}, {people} people, {count} clips of {frames - 1} frames: portrait held {low:.2f}, VAE {high:.2f}; one driver heard {share(one)}, {many} who do the same {share(all_)}", flush=True)
+
+
 # steps, guidance, draws
 
 
@@ -391,9 +410,9 @@ def time_one(name: str, people: int, device: str) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("measure_animation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("pictures", "following", "painter", "steps", "long", "real", "time")
+    parts = ("pictures", "following", "painter", "ears", "steps", "long", "real", "time")
     parser.add_argument("--weights", nargs="+", default=["tiny", "mini"], help="shipped names or folders")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=[part for part in parts if part != "painter"])
+    parser.add_argument("--parts", nargs="+", choices=parts, default=[part for part in parts if part not in ("painter", "ears")])
     parser.add_argument("--clips", type=int, nargs=3, default=[64, 32, 16], metavar="N", help="clips of one, two, three people (default: 64 32 16)")
     parser.add_argument("--frames", type=int, default=49, help="of these clips, 4n+1 (default: 49)")
     parser.add_argument("--real", type=Path, default=Path("../shared/real"), help="folder with biden.mp4 and two_person.mp4")
@@ -417,6 +436,8 @@ def main() -> int:
             pictures_and_following(weights, {p: n for p, n in enumerate(args.clips, 1) if n}, args.frames, parts, args.reader)
         if "painter" in parts:
             painter(weights, {p: n for p, n in enumerate(args.clips, 1) if n}, args.frames)
+        if "ears" in parts:
+            ears(weights, {p: n for p, n in enumerate(args.clips, 1) if n}, args.frames)
         if "steps" in parts:
             steps(weights)
         if "long" in parts:
