@@ -244,9 +244,9 @@ def ears(weights: Weights, counts: dict[int, int], frames: int, many: int = 16) 
             mean = torch.stack([torch.stack(each).mean(0) for each in said])
             truth, still = true_frames(video), np.repeat(to_pixels(video[:, :, :1]), frames - 1, 0)
             rows.append([psnr(film, truth) for film in (still, weights.film(video, features, owners), weights.film(video, mean, owners), weights.reconstructed(video))])
-        low, one, all_, high = np.mean(rows, 0)
-        share = lambda x: f"{x:.2f} dB ({(x - low) / (high - low):.1%})"  # noqa: E731
-        print(f"{weights.name}, {people} people, {count} clips of {frames - 1} frames: portrait held {low:.2f}, VAE {high:.2f}; one driver heard {share(one)}, {many} who do the same {share(all_)}", flush=True)
+        low, one, mean, high = np.mean(rows, 0)
+        told = [f"{x:.2f} dB ({(x - low) / (high - low):.1%})" for x in (one, mean)]
+        print(f"{weights.name}, {people} people, {count} clips of {frames - 1} frames: portrait held {low:.2f}, VAE {high:.2f}; one driver heard {told[0]}, {many} who do the same {told[1]}", flush=True)
 
 
 # steps, guidance, draws
