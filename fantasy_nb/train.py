@@ -970,13 +970,14 @@ def fill_caches(
 
 # %% ../nbs/10_train.ipynb #cell-081
 def load_animator(args: argparse.Namespace, stage: str, init: Path | None, device) -> Animator:
-    "Random weights, or those in `init`; an adapter begins with a new expression memory. Raises ValueError where sizes differ."
+    "Random weights, or those in `init` (zeros for an origin that they lack); an adapter begins with a new expression memory. Raises ValueError where sizes differ."
     animator = getattr(Animator, args.config)()
     if init:
-        wanted, animator = animator, Animator.from_pretrained(init, device)
-        shapes = [{name: tuple(p.shape) for name, p in a.named_parameters()} for a in (wanted, animator)]
-        if shapes[0] != shapes[1]:
+        given = Animator.from_pretrained(init).state_dict()
+        shapes = [{name: tuple(p.shape) for name, p in state.items()} for state in (animator.state_dict(), given)]
+        if {name: shape for name, shape in shapes[0].items() if name in given or not name.startswith("tokens.origin.")} != shapes[1]:
             raise ValueError(f"want {init} to hold an animator of size {args.config}, got another one")
+        animator.load_state_dict(animator.state_dict() | given)
     animator = forget_expression(animator) if stage == "adapter" and init else animator
     for block in animator.dit.blocks if args.compile else ():
         block.compile()

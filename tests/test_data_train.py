@@ -106,6 +106,19 @@ def test_step_zero_holds_the_portrait(cache):
     assert torch.equal(*answers) and torch.equal(answers[0], batch["latents"][:, :, :1].expand_as(answers[0]))
 
 
+def test_weights_without_an_origin_go_on_with_one_of_zeros(tmp_path):
+    old = Animator(DiTConfig.tiny(), replace(TokenConfig.tiny(), origin=False))
+    old.save_pretrained(tmp_path)
+    args = train_module.build_parser().parse_args(["--stage", "stills"])
+    new = train_module.load_animator(args, "stills", tmp_path, "cpu")
+    state = new.state_dict()
+    assert all(torch.equal(value, state.pop(name)) for name, value in old.state_dict().items())
+    assert len(state) == 4 and all(name.startswith("tokens.origin.") and value.abs().max() == 0 for name, value in state.items())
+    Animator(DiTConfig.mini(), replace(TokenConfig.mini(), origin=False)).save_pretrained(tmp_path / "mini")
+    with pytest.raises(ValueError, match="to hold an animator of size tiny, got another one"):
+        train_module.load_animator(args, "stills", tmp_path / "mini", "cpu")
+
+
 def test_what_is_drawn_depends_on_the_portraits_own_features_too(cache):
     animator = small_animator()
     torch.nn.init.normal_(animator.tokens.origin["head"].weight)
@@ -540,6 +553,8 @@ def test_training_with_new_views_resumes_exactly(tmp_path, capsys):
     whole, pieces, plain = (Animator.from_pretrained(tmp_path / name / "weights").state_dict() for name in ("whole", "pieces", "plain"))
     assert all(torch.equal(whole[name], pieces[name]) for name in whole) and not all(torch.equal(whole[name], plain[name]) for name in whole)
     assert main([*arguments, "--new-views", "1.5", "--run", str(tmp_path / "other")]) == 2 and "want new_views between 0 and 1" in capsys.readouterr().err
+    for decay in ("0", "1.5"):
+        assert main([*arguments, "--decay", decay, "--run", str(tmp_path / "other")]) == 2 and "want decay above 0 and at most 1" in capsys.readouterr().err
     assert main([*arguments, "--first", "10", "--run", str(tmp_path / "nothing")]) == 2 and "want a multiple of 25 for --first, got 10" in capsys.readouterr().err
     assert not (tmp_path / "nothing").exists()
     with pytest.raises(ValueError, match="NewViews if it is not 0"):
