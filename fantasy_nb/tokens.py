@@ -137,7 +137,10 @@ class ExpressionTokens(nn.Module):
     def forward(  # Features or (b f 554) -> (b f 24 d)
         self, features, mouth=1.0, emotion=1.0, overall=1.0, place=True, rest=None, origin: Tensor | None = None
     ) -> Tensor:
-        "The three dials and `rest` are those of `strengthen`; place=False: frames that are no part of a window; origin (b 554): the portrait's own features (None adds nothing)."
+        """The three dials and `rest` are those of `strengthen`; place=False: frames that are no part of a window.
+
+        origin (b 554): the portrait's own features; None adds nothing.
+        """
         if origin is not None and self.origin is None:
             raise ValueError("want a config with origin=True for the portrait's own features, got one without")
         x = features if isinstance(features, Features) else Features.unpack(features)
