@@ -95,7 +95,9 @@ class Animator(nn.Module):
         owners: Tensor,  # (b t n), 0 = background
         stills: bool = False,  # features (b p 1+t 554): the portrait's own, then a moment for every latent frame
     ) -> tuple[Tensor, Tensor]:  # expression (b t p*e d), mask (b t n p*e)
-        "Features of all people -> what the expression memory takes."
+        "Features of all people -> what the expression memory takes. Raises ValueError for stills without the portrait's own features before them."
+        if stills and features.shape[2] != 1 + owners.shape[1]:
+            raise ValueError(f"want stills' features (b p 1+t 554), the portrait's own first, for {owners.shape[1]} latent frames, got {tuple(features.shape)}")
         p, each = features.shape[1], features.flatten(0, 1)
         tokens = self.tokens(each[:, int(stills) :], place=not stills, origin=each[:, 0] if self.tokens.config.origin else None)
         if stills:  # a still is a window whose four frames agree: attention over one copy gives what it gives over four
@@ -241,9 +243,9 @@ def pick_moments(batch: dict[str, Tensor], g: torch.Generator, count: int = 2) -
     picked = 1 + torch.randperm(batch["latents"].shape[2] - 1, generator=g)[:count]
     picked = picked.to(batch["latents"].device)
     alone = {name: rearrange(batch[name][:, :, picked], "b c m ... -> (b m) c 1 ...") for name in ("latents", "features", "weight")}
-    repeated = {"portrait": batch["latents"][:, :, :1], "owners": batch["owners"], "own": batch["features"][:, :, :1]}
-    repeated = {name: value.repeat_interleave(len(picked), 0) for name, value in repeated.items()}
-    return alone | repeated | {"features": torch.cat([repeated.pop("own"), alone["features"]], 2)}
+    alone["features"] = torch.cat([batch["features"][:, :, :1].repeat_interleave(len(picked), 0), alone["features"]], 2)
+    repeated = {"portrait": batch["latents"][:, :, :1], "owners": batch["owners"]}
+    return alone | {name: value.repeat_interleave(len(picked), 0) for name, value in repeated.items()}
 
 # %% ../nbs/10_train.ipynb #cell-024
 def mirrored(clip: Clip, seed: int) -> Clip:

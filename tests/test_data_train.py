@@ -134,6 +134,8 @@ def test_what_is_drawn_depends_on_the_portraits_own_features_too(cache):
         assert (by_own - heard)[:, :, 0].abs().amax((0, 2, 3)).min() > 0  # is heard in every latent frame, by the one whose portrait it is
         assert (by_own - heard)[:, :, 1].abs().max() < 1e-4
         assert (by_later - heard)[:, -1 if stills else 1, 0].abs().max() > 0
+    with pytest.raises(ValueError, match="the portrait's own first, for 1 latent frames, got"):
+        animator.listen(batch["features"][:, :, :1], batch["owners"][:, :1], True)
 
 
 def test_after_training_each_person_listens_to_their_own_features_in_the_expression_branch(cache):
@@ -513,6 +515,7 @@ def test_encoded_stills_become_samples_of_one_moment():
     assert {k: tuple(v.shape) for k, v in row.items()} == {"latents": (48, 4, 8, 12), "features": (2, 4, 554), "owners": (1, 96), "weight": (1, 4, 8, 12)}
     batch = {k: v[None] if k == "owners" else v[None].float() for k, v in row.items()}
     picked = pick_moments(batch, torch.Generator().manual_seed(0))
+    assert set(picked) == {"latents", "features", "weight", "portrait", "owners"}
     assert picked["owners"].shape == (2, 1, 96) and all(torch.equal(p, batch["latents"][0, :, :1]) for p in picked["portrait"])
     sources = [[j for j in range(4) if torch.equal(x[:, 0], batch["latents"][0, :, j])] for x in picked["latents"]]
     assert all(len(s) == 1 and s[0] > 0 for s in sources) and sources[0] != sources[1]  # never the portrait
