@@ -75,7 +75,7 @@ def test_load_release_names_what_is_missing(tiny):
 def test_tiny_shape_size_and_gradients(tiny):
     assert sum(p.numel() for p in tiny.parameters()) <= 0.8e6
     x = torch.randn(2, 9, 554, requires_grad=True)
-    tokens = tiny(x)
+    tokens = tiny(x, origin=torch.randn(2, 554))
     assert tokens.shape == (2, 9, 24, TokenConfig.tiny().width)
     tokens.square().sum().backward()
     assert (x.grad.abs().sum((0, 1)) > 0).all() and all(p.grad is not None for p in tiny.parameters())
