@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .animate import PortraitPipeline, decode_film, denoise, resize
+from .animate import PortraitPipeline, resize
 from .animate import to_pixels as as_bytes
 from .core import OneLineParser, at_least, data_samples, read_image
 from .data import Clip, ClipConfig, SceneClips, jittered_crops, zoom_in
@@ -41,7 +41,7 @@ from .faces import Expression, Identity, Scene, render_crops, render_scene
 from .regions import ExpressionAttention, attention_mask
 from .tokens import ExpressionTokens
 from .tracking import FaceTrack, align_crop, head_pose, measure_expression, quiet, to_pixels, track_faces
-from .train import STAGES, Animator, LatentClips, channel_weights, encode_stills, forget_expression, owners_from_portrait, train
+from .train import STAGES, Animator, LatentClips, channel_weights, encode_stills, forget_expression, train
 from .vae import VideoVAE
 
 # %% ../nbs/12_exprbench.ipynb #cell-008
@@ -438,17 +438,8 @@ class Studio:
         "What these weights make of a case's portrait and drivers; noise from the case's seed."
         pipeline, device = self.pipeline, self.pipeline.device
         features = self.features(case)
-        token = 8 * self.animator.dit.config.patch[1]
-        owners = owners_from_portrait(case.boxes[0], case.film.shape[1:3], 5, token).to(device)
-        portrait = pipeline.vae.encode(as_video(case.film[:1]).to(device))
         with obeying(self.animator, self.rule):
-            latents = (
-                sum(
-                    denoise(self.animator, self.settings, portrait, features, owners, case.seed + 7919 * k, False) for k in range(self.settings.draws)
-                )
-                / self.settings.draws
-            )
-        return decode_film(pipeline.vae, latents, self.settings.window)
+            return pipeline.paint(as_video(case.film[:1]).to(device), features, case.boxes[0], self.settings, case.seed)
 
     @torch.no_grad()
     def reconstruction(self, case: Case) -> np.ndarray:  # uint8 (f-1 h w 3)

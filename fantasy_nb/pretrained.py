@@ -887,6 +887,8 @@ class WanPipeline(PortraitPipeline):
         "Listen, read, encode, denoise: one part at work at a time."
         if not how.window:
             raise ValueError("want window=1 or more: Wan makes films, not single frames")
+        if how.looks != 1:
+            raise ValueError(f"want looks=1: every further look would be a whole film of Wan's, got looks={how.looks}")
         working, boxes = fit_area(cast.picture, face_boxes(cast.people), how.most_pixels)
         owners = face_owners(boxes, cast, working.shape[:2], 8 * self.animator.dit.config.patch[1]).to(self.device)
         with self.at_work(self.encoder):

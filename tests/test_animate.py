@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fantasy_nb.animate import (Animation, PipelineConfig, PortraitPipeline, blend_windows, check_assignment, fit_portrait, main, window_starts)
+from fantasy_nb.animate import (Animation, PipelineConfig, PortraitPipeline, blend_windows, check_assignment, fit_portrait, lay_on_grids, main, window_starts)
 from fantasy_nb.core import data_samples, read_image, read_video, write_image, write_video
 from fantasy_nb.faces import paint_background, pixel_grid, Identity
 from fantasy_nb.tracking import measure_expression, track_faces
@@ -169,6 +169,7 @@ def wrong(tmp_path):
     ([ONE, "--drive", DRIVERS[0], "--sound", "2"], "--sound"),
     ([ONE, "--drive", DRIVERS[0], "--steps", "0"], "steps=0"),
     ([ONE, "--drive", DRIVERS[0], "--draws", "0"], "draws=0"),
+    ([ONE, "--drive", DRIVERS[0], "--looks", "3"], "looks=3"),
     ([ONE, "--drive", DRIVERS[0], "--window", "-1"], "window=-1"),
     ([ONE, "--drive", DRIVERS[0], "--interval", "0.9", "0.1"], "interval"),
     ([ONE, "--drive", DRIVERS[0], "--interval", "-1", "0.1"], "interval"),
@@ -265,6 +266,49 @@ def test_solvers_and_guidance_interval_reach_the_film(pipeline):
     everywhere = pipeline(PORTRAIT, DRIVERS, frames=4, steps=3, draws=1, guidance=3.0, show=False).frames
     nowhere = pipeline(PORTRAIT, DRIVERS, frames=4, steps=3, draws=1, guidance=3.0, interval=(0.0, 0.0), show=False).frames
     assert np.array_equal(nowhere, films["euler"].astype(np.uint8)) and not np.array_equal(everywhere, nowhere)
+
+
+@pytest.mark.parametrize("token", [8, 16])
+def test_every_look_shows_the_whole_picture_on_another_grid(token):
+    picture, boxes = torch.arange(3 * 48 * 64, dtype=torch.float32).view(1, 3, 1, 48, 64), torch.tensor([[8.0, 10, 24, 30], [36, 10, 52, 30]])
+    laid = lay_on_grids(picture, boxes, 4, token)
+    assert [len(lay_on_grids(picture, boxes, n, token)) for n in (1, 2, 4)] == [1, 2, 4]
+    starts = [(place[1].start, place[2].start) for _, _, place in laid]
+    assert starts == [(0, 0), (token // 2, token // 2), (0, token // 2), (token // 2, 0)]
+    for moved, owners, place in laid:
+        h, w = moved.shape[-2:]
+        assert torch.equal(moved[0, :, 0].permute(1, 2, 0)[None][place][0], picture[0, :, 0].permute(1, 2, 0))
+        assert h % token == w % token == 0 and owners.shape == (2, h * w // token**2) and {1, 2} <= set(owners.unique().tolist()) <= {0, 1, 2}
+    x, y = 44 + token // 2, 20 + token // 2  # the second person, moved with the picture
+    assert laid[1][1][0].view(laid[1][0].shape[-2] // token, -1)[y // token, x // token] == 2
+
+
+def test_a_film_of_two_looks_is_the_mean_of_both_and_nearer_to_the_truth(pipeline, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    import measure_animation as tool
+
+    weights, errors = tool.Weights("tiny", "cpu"), []
+    for people, k in ((1, 0), (1, 1), (2, 0), (2, 1)):
+        clip = weights.clips(people, 9)[k]
+        video, features, boxes = weights.read(clip)
+        how = replace(weights.settings, looks=1)
+        films = {n: pipeline.paint(video[:, :, :1], features, boxes, replace(how, looks=n)).astype(float) for n in (1, 2)}
+        (one, _, _), (moved, _, place) = lay_on_grids(video[:, :, :1], boxes, 2, 8)
+        other = pipeline.paint(moved, features, boxes + 4, how)[place]
+        assert np.abs(films[2] - (films[1] + other) / 2).max() <= 0.5 and torch.equal(one, video[:, :, :1])
+        errors.append([np.square(film - tool.true_frames(video)).mean() for film in films.values()])
+    assert np.log(np.array(errors)).mean(0)[1] < np.log(np.array(errors)).mean(0)[0] - 0.02
+
+
+def test_a_watcher_hears_shares_that_rise_over_all_looks_and_draws(pipeline):
+    told = []
+    film = pipeline(PORTRAIT, DRIVERS, frames=4, steps=2, draws=2, looks=2, show=False, watch=lambda stage, share: told.append((stage, share)))
+    for stage, count in (("denoising", 8), ("decoding", 2)):
+        shares = [share for name, share in told if name == stage]
+        assert len(shares) == count and shares == sorted(shares) and shares[-1] == 1.0 and len(set(shares)) == count
+    assert len(film.frames) == 4
+    with pytest.raises(ValueError, match="1, 2 or 4 looks, got looks=3"):
+        pipeline(PORTRAIT, DRIVERS, frames=4, looks=3, show=False)
 
 
 def test_dials_turn_the_performance_and_not_the_portrait(pipeline):

@@ -444,6 +444,8 @@ def test_one_driver_for_two_and_a_longer_film(toys):
     assert np.array_equal(whole, two_people(pipe, frames=8, window=9).frames)  # a window longer than the film is the film
     with pytest.raises(ValueError, match="want window=1 or more"):
         two_people(pipe, window=0)
+    with pytest.raises(ValueError, match="want looks=1.*got looks=2"):
+        two_people(pipe, looks=2)
 
 
 # --- memory, reuse, counts

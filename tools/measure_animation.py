@@ -5,7 +5,7 @@ Parts (`--parts`, default all but painter and ears):
   following  r of drivers' true curves with what is measured in the films, own driver and others', pooled over all clips (each curve minus its mean in the clip); drivers swapped; true films for comparison
   painter    a bound: somebody who draws the scene exactly, and of the drivers hears nothing but what the encoder says; PSNR as in pictures (also with true heads, with everything true but heads, and averaged over what the heads may be)
   ears       is it the ear or the hand? PSNR as in pictures, with each driver's features as heard, and as the mean of sixteen drivers' who do the same
-  steps      PSNR and seconds against solver steps, guidance, its interval, draws
+  steps      PSNR and seconds against solver steps, guidance, its interval, draws, looks
   long       200 frames: background, identity (face shape and colour, against other people's) over time; as recommended, in windows, and naively chained
   real       real drivers (../shared/real) on drawn portraits: r of what MediaPipe reads in the driver with what it reads in the film; films, and contact sheets that show the driver, into --out
   time       seconds, peak memory and the share spent outside of the DiT, 16 frames of one and of two people
@@ -26,14 +26,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from fantasy_nb.animate import PortraitPipeline, decode_film, denoise, to_pixels
+from fantasy_nb.animate import PortraitPipeline, to_pixels
 from fantasy_nb.core import data_samples, default_device, write_image
 from fantasy_nb.data import ClipConfig, SceneClips, jittered_crops, livelier, turned, zoom_in
 from fantasy_nb.exprbench import MOVING
 from fantasy_nb.expression import ExpressionEncoder, Features, fit_ruler
 from fantasy_nb.faces import EMOTIONS, Expression, Identity, Scene, random_motion, render_crops, render_scene
 from fantasy_nb.tracking import align_crop, head_pose, measure_expression, track_faces
-from fantasy_nb.train import owners_from_portrait
 
 SEED = 424_242  # of scenes; training uses 0 and 1, its sample sheets 999
 FACTORS = {"yaw": "head", "pitch": "head", "roll": "head", "mouth_open": "mouth", "smile": "mouth", "blink": "eyes", "gaze_x": "eyes"}
@@ -51,27 +50,19 @@ class Weights:
         self.name, self.pipeline = Path(name).name, PortraitPipeline.from_pretrained(name, device)
         self.settings, self.device = self.pipeline.settings, torch.device(device)
         self.height = round(self.settings.face_height / 0.742 / 16) * 16
-        self.token = 8 * self.pipeline.animator.dit.config.patch[1]
 
     def clips(self, people: int, frames: int) -> SceneClips:
         return SceneClips(ClipConfig(frames=frames, height=self.height, crop=self.settings.crop, closer=self.settings.closer, people=(people,), whole=()), SEED + people, device=self.device)
 
     @torch.no_grad()
-    def read(self, clip):  # -> video (1 3 f h w), features (p f 554), owners (2 n)
+    def read(self, clip):  # -> video (1 3 f h w), features (p f 554), boxes of the portrait (p 4)
         "What the network is given, and what is true."
         video = clip.frames.transpose(0, 1)[None].to(self.device) / 127.5 - 1
         features = torch.stack([self.pipeline.encoder(c.to(self.device) / 127.5 - 1).pack() for c in clip.crops])
-        return video, features, owners_from_portrait(clip.boxes[0], clip.frames.shape[-2:], 5, self.token).to(self.device)
+        return video, features, clip.boxes[0]
 
-    @torch.no_grad()
-    def latents(self, portrait, features, owners, how=None):  # portrait latents (1 c 1 h w)
-        how = how or self.settings
-        return sum(denoise(self.pipeline.animator, how, portrait, features, owners, 7919 * k, False) for k in range(how.draws)) / how.draws
-
-    @torch.no_grad()
-    def film(self, video, features, owners, how=None) -> np.ndarray:  # uint8 (f-1 h w 3)
-        how = how or self.settings
-        return decode_film(self.pipeline.vae, self.latents(self.pipeline.vae.encode(video[:, :, :1]), features, owners, how), how.window)
+    def film(self, video, features, boxes, how=None) -> np.ndarray:  # uint8 (f-1 h w 3)
+        return self.pipeline.paint(video[:, :, :1], features, boxes, how or self.settings)
 
     @torch.no_grad()
     def reconstructed(self, video) -> np.ndarray:  # (1 3 f h w) -> uint8 (f-1 h w 3)
@@ -101,8 +92,8 @@ def pictures_and_following(weights: Weights, counts: dict[int, int], frames: int
         clips = weights.clips(people, frames)
         for k in tqdm(range(count), desc=f"{weights.name}, {people} people", unit="clip"):
             clip = clips[k]
-            video, features, owners = weights.read(clip)
-            truth, made = true_frames(video), weights.film(video, features, owners)
+            video, features, boxes = weights.read(clip)
+            truth, made = true_frames(video), weights.film(video, features, boxes)
             still = np.repeat(to_pixels(video[:, :, :1]), len(truth), 0)
             spans = torch.cat([clip.boxes[1:].amin(0)[:, :2].clamp(min=0), clip.boxes[1:].amax(0)[:, 2:]], 1).round().int().tolist()
             faces = [np.s_[:, y0:y1, x0:x1] for x0, y0, x1, y1 in spans]
@@ -110,7 +101,7 @@ def pictures_and_following(weights: Weights, counts: dict[int, int], frames: int
             rows.append([psnr(x, truth) for x in tells] + [np.mean([psnr(x[face], truth[face]) for face in faces]) for x in tells])
             if "following" not in parts:
                 continue
-            films = {"made": made, "true": truth} | ({"swapped": weights.film(video, torch.cat([features[:, :1], features.roll(1, 0)[:, 1:]], 1), owners)} if people == 2 else {})
+            films = {"made": made, "true": truth} | ({"swapped": weights.film(video, torch.cat([features[:, :1], features.roll(1, 0)[:, 1:]], 1), boxes)} if people == 2 else {})
             for name, film in films.items():
                 tracks = track_faces(film, people)
                 if len(tracks) < people:
@@ -239,17 +230,17 @@ def ears(weights: Weights, counts: dict[int, int], frames: int, many: int = 16) 
         clips, rows = weights.clips(people, frames), []
         for k in tqdm(range(count), desc=f"ears, {people} people", unit="clip"):
             clip = clips[k]
-            video, features, owners = weights.read(clip)
+            video, features, boxes = weights.read(clip)
             said = [[encoder(jittered_crops(motion, encoder.config.image_size, 64 * k + 16 * j + n, encoder.config.closer).to(weights.device) / 127.5 - 1).pack() for n in range(many)] for j, motion in enumerate(clip.motions)]
             mean = torch.stack([torch.stack(each).mean(0) for each in said])
             truth, still = true_frames(video), np.repeat(to_pixels(video[:, :, :1]), frames - 1, 0)
-            rows.append([psnr(film, truth) for film in (still, weights.film(video, features, owners), weights.film(video, mean, owners), weights.reconstructed(video))])
+            rows.append([psnr(film, truth) for film in (still, weights.film(video, features, boxes), weights.film(video, mean, boxes), weights.reconstructed(video))])
         low, one, mean, high = np.mean(rows, 0)
         told = [f"{x:.2f} dB ({(x - low) / (high - low):.1%})" for x in (one, mean)]
         print(f"{weights.name}, {people} people, {count} clips of {frames - 1} frames: portrait held {low:.2f}, VAE {high:.2f}; one driver heard {told[0]}, {many} who do the same {told[1]}", flush=True)
 
 
-# steps, guidance, draws
+# steps, guidance, draws, looks
 
 
 def steps(weights: Weights, count: int = 8, frames: int = 9) -> None:
@@ -257,15 +248,15 @@ def steps(weights: Weights, count: int = 8, frames: int = 9) -> None:
     clips = [weights.read(weights.clips(2, frames)[k]) for k in range(count)]
     ways = [dict(steps=n) for n in (1, 4, 8, 15, 30)] + [dict(steps=8, guidance=g) for g in (1.5, 2.5)] + [dict(steps=8, guidance=2.5, interval=i) for i in ((0.0, 0.8), (0.3, 0.8), (0.8, 1.0))]
     ways += [dict(steps=1, draws=n) for n in (3, 6)] + [dict(steps=4, solver="multistep"), dict(steps=4, solver="heun")]
-    print(f"\n{weights.name}, {count} clips of two people, {frames - 1} frames: PSNR, seconds a clip without the VAE's decoder")
+    ways += [dict(steps=1, looks=n) for n in (2, 4)]
+    print(f"\n{weights.name}, {count} clips of two people, {frames - 1} frames: PSNR, seconds a clip")
     for way in ways:
-        how, spent, values = replace(weights.settings, **(dict(steps=1, draws=1, guidance=1.0) | way)), 0.0, []
-        for video, features, owners in clips:
-            portrait = weights.pipeline.vae.encode(video[:, :, :1])
+        how, spent, values = replace(weights.settings, **(dict(steps=1, draws=1, looks=1, guidance=1.0) | way)), 0.0, []
+        for video, features, boxes in clips:
             began = time.perf_counter()
-            latents = weights.latents(portrait, features, owners, how)
+            film = weights.film(video, features, boxes, how)
             spent += time.perf_counter() - began
-            values.append(psnr(decode_film(weights.pipeline.vae, latents, how.window), true_frames(video)))
+            values.append(psnr(film, true_frames(video)))
         print(f"{str(way):60s}{np.mean(values):7.2f} dB{spent / count:8.2f} s", flush=True)
 
 
@@ -315,7 +306,7 @@ def long(weights: Weights, frames: int = 201, others: int = 50, seed: int = SEED
     with torch.no_grad():
         crops = [render_crops(Identity.sample(1, 31 + j), m, weights.settings.crop, closer=weights.settings.closer) for j, m in enumerate(motions)]
         features = torch.stack([torch.cat([weights.pipeline.encoder(part.to(device)).pack() for part in c.split(64)]) for c in crops])
-    owners, truth, gallery = owners_from_portrait(boxes[0], size, 5, weights.token).to(device), true_frames(video), []
+    truth, gallery = true_frames(video), []
     for k in tqdm(range(others), desc="other people", unit="scene"):
         ones = [random_motion(160, seed + 900 + 2 * k + j, 25.0)[::20] for j in (0, 1)]
         pictures = performed(zoom_in(Scene.sample(2, seed + 1000 + k), zoom), [m.replace(yaw=0.5 * m.yaw, pitch=0.5 * m.pitch, roll=0.5 * m.roll) for m in ones], size)
@@ -328,12 +319,12 @@ def long(weights: Weights, frames: int = 201, others: int = 50, seed: int = SEED
         "Eight frames at a time, each piece from the last frame of the one before."
         pieces, start = [], video[:, :, :1]
         for k in range(1, frames, 8):
-            pieces.append(weights.film(start, torch.cat([features[:, k - 1 : k], features[:, k : k + 8]], 1), owners, how))
+            pieces.append(weights.film(start, torch.cat([features[:, k - 1 : k], features[:, k : k + 8]], 1), boxes[0], how))
             start = torch.from_numpy(pieces[-1][-1:]).permute(3, 0, 1, 2)[None].to(device) / 127.5 - 1
         return np.concatenate(pieces)
 
     windows = replace(weights.settings, window=2, overlap=1)
-    films = {"as recommended": lambda: weights.film(video, features, owners), "in windows": lambda: weights.film(video, features, owners, windows)}
+    films = {"as recommended": lambda: weights.film(video, features, boxes[0]), "in windows": lambda: weights.film(video, features, boxes[0], windows)}
     films |= {"chained, as recommended": lambda: chained(weights.settings), "chained windows": lambda: chained(windows), "true film": lambda: truth}
     outside = np.abs(truth.astype(int) - truth[:1]).max((0, 3)) < 4  # where nothing moves in the true film
     print(f"\n{weights.name}, {frames - 1} frames of two people in {size[0]}x{size[1]} pixels, forty frames a column: PSNR; background, root mean square error in grey levels where nothing moves ({outside.mean():.0%} of the picture); identity, the people nearest to themselves of {len(gallery) + 1} (out of two), and how far from themselves as a share of the distance to the nearest other")
