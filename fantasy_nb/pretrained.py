@@ -925,9 +925,11 @@ class WanPipeline(PortraitPipeline):
             velocity = self.animator.velocity(condition, features, owners, text, image, how, branch)
             guided_velocity = guided(lambda x, t: velocity(x, t, 0.0), velocity, how.guidance, how.interval)
 
+            done = iter(range(1, how.steps + 1))  # a bar that is not shown does not count
+
             def count(*_):
                 bar.update()
-                self.watch("denoising", bar.n / how.steps)
+                self.watch("denoising", next(done) / how.steps)
 
             return SOLVERS[how.solver](guided_velocity, noise, time_grid(how.steps, how.shift), count)
 
