@@ -888,6 +888,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fantasy_nb.train.forget_expression': ('train.html#forget_expression', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.held_out_loss': ('train.html#held_out_loss', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.image_condition': ('train.html#image_condition', 'fantasy_nb/train.py'),
+                                  'fantasy_nb.train.leave_group': ('train.html#leave_group', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.load_animator': ('train.html#load_animator', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.load_checkpoint': ('train.html#load_checkpoint', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.loss_weight': ('train.html#loss_weight', 'fantasy_nb/train.py'),

@@ -544,7 +544,7 @@ class PortraitPipeline(StoredPipeline):
         with self.at_work(self.vae) as vae:
             portraits = [vae.encode(picture) for picture, _, _ in laid]
         rounds, found, film = [(look, k) for look in range(len(laid)) for k in range(how.draws)], [0] * len(laid), 0
-        bar = tqdm(rounds, desc="films", unit="film", disable=not show or len(rounds) == 1)
+        bar = tqdm(rounds, desc="denoising", unit="film", disable=not show or len(rounds) == 1)
         with self.at_work(self.animator) as animator:
             for done, (look, k) in enumerate(bar):
                 watch = lambda stage, share, done=done: self.watch(stage, (done + share) / len(rounds))  # noqa: E731

@@ -8,13 +8,14 @@ __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'SHARD', 'EVE
            'loss_weight', 'channel_weights', 'owners_from_portrait', 'as_stored', 'encode_clip', 'encode_stills',
            'pick_moments', 'mirrored', 'NewViews', 'encode_shard', 'encode_clips', 'LatentClips', 'TrainConfig',
            'step_generator', 'pixel_decoder', 'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA',
-           'make_accelerator', 'whole', 'spread_like', 'save_checkpoint', 'load_checkpoint', 'carries_expression',
-           'parameter_groups', 'forget_expression', 'held_out_loss', 'check_run', 'one_step', 'train', 'append_log',
-           'Watcher', 'build_parser', 'main', 'start_processes', 'fingerprint', 'stamp_cache', 'as_heard',
-           'fill_caches', 'load_animator', 'run_stage', 'run_training']
+           'make_accelerator', 'leave_group', 'whole', 'spread_like', 'save_checkpoint', 'load_checkpoint',
+           'carries_expression', 'parameter_groups', 'forget_expression', 'held_out_loss', 'check_run', 'one_step',
+           'train', 'append_log', 'Watcher', 'build_parser', 'main', 'start_processes', 'fingerprint', 'stamp_cache',
+           'as_heard', 'fill_caches', 'load_animator', 'run_stage', 'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-005
 import argparse
+import atexit
 import copy
 import csv
 import hashlib
@@ -504,9 +505,18 @@ def make_accelerator():
     "Accelerate's view of this process: alone, or one of several. Imports accelerate."
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=default_device().type == "cpu", device_placement=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
     )
+    if accelerator.num_processes > 1:
+        atexit.register(leave_group)
+    return accelerator
+
+
+def leave_group() -> None:
+    "Leave the other processes in good order: threads of theirs that outlive Python can abort it."
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def whole(state: dict) -> dict:
@@ -1035,6 +1045,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
             "most_pixels": 24 * scenes[0].height ** 2,
             "crop": encoder.config.image_size,
             "closer": encoder.config.closer,
+            "looks": 2 * watch.answer.dit.config.patch[1],  # longer tokens have more of an edge (chapter 11)
         }
         (out / "pipeline.json").write_text(json.dumps(faces, indent=2))
         print(f"{stage}: {ema.steps} of {config.steps} steps, weights in {out}")
