@@ -514,7 +514,7 @@ def make_accelerator():
 
 
 def leave_group() -> None:
-    "Leave the other processes in good order: threads of theirs that outlive Python can abort it."
+    "Leave the other processes in good order: one process was seen to abort at its very end, presumably over threads that outlived Python."
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

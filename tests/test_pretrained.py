@@ -438,7 +438,10 @@ def test_a_face_reaches_as_far_as_its_driver():
 
 def test_one_driver_for_two_and_a_longer_film(toys):
     pipe = pipeline(toys["original"])
-    film = two_people(pipe, frames=21)  # six latent frames in windows of two
+    told = []
+    film = two_people(pipe, frames=21, watch=lambda stage, share: told.append((stage, share)))  # six latent frames in windows of two
+    shares = [share for stage, share in told if stage == "denoising"]  # heard although no bar is shown
+    assert shares == [(k + 1) / pipe.settings.steps for k in range(pipe.settings.steps)]
     assert film.frames.shape[0] == 21 and film.people == [1, 2]
     whole = two_people(pipe, frames=8, window=2).frames
     assert np.array_equal(whole, two_people(pipe, frames=8, window=9).frames)  # a window longer than the film is the film
