@@ -901,6 +901,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fantasy_nb.train.paint_boxes': ('train.html#paint_boxes', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.parameter_groups': ('train.html#parameter_groups', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.pick_moments': ('train.html#pick_moments', 'fantasy_nb/train.py'),
+                                  'fantasy_nb.train.pictures_of': ('train.html#pictures_of', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.pixel_decoder': ('train.html#pixel_decoder', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.place_weight': ('train.html#place_weight', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.run_stage': ('train.html#run_stage', 'fantasy_nb/train.py'),

@@ -11,7 +11,7 @@ __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'SHARD', 'EVE
            'make_accelerator', 'leave_group', 'whole', 'spread_like', 'save_checkpoint', 'load_checkpoint',
            'carries_expression', 'parameter_groups', 'forget_expression', 'held_out_loss', 'check_run', 'one_step',
            'train', 'append_log', 'Watcher', 'build_parser', 'main', 'start_processes', 'fingerprint', 'stamp_cache',
-           'as_heard', 'fill_caches', 'load_animator', 'run_stage', 'run_training']
+           'as_heard', 'pictures_of', 'fill_caches', 'load_animator', 'run_stage', 'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-005
 import argparse
@@ -824,6 +824,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="number of the first of --clips, a multiple of 25: a later run may see other scenes than an earlier one (default: 0)",
     )
     parser.add_argument(
+        "--alone",
+        type=at_least(0),
+        default=0,
+        metavar="CLIPS",
+        help="so many further scenes of one person each, numbered on from the others', in the stages that learn from stills (default: 0; of the others a quarter show one person)",
+    )
+    parser.add_argument(
         "--data",
         type=Path,
         default=None,
@@ -941,6 +948,23 @@ def as_heard(config: ClipConfig, encoder: ExpressionEncoder) -> ClipConfig:
     return replace(config, crop=encoder.config.image_size, closer=encoder.config.closer)
 
 
+def pictures_of(args: argparse.Namespace, kinds: tuple, encoder: ExpressionEncoder) -> dict[str, tuple]:
+    "Folder in the cache -> what is drawn, how it is encoded, how many scenes and from which on. Raises ValueError where there is nothing of a kind."
+    if missing := set(kinds) - set(PICTURES[args.config]):
+        raise ValueError(f"want a stage that {args.config} has pictures for, got --stage {args.stage}: there are none of kind {', '.join(missing)}")
+    folders = {}
+    for kind in kinds:
+        config, encode, count = PICTURES[args.config][kind]
+        folders[kind] = as_heard(config, encoder), encode, count if args.clips is None else args.clips, args.first
+    stills = [pictures for pictures in folders.values() if pictures[0].stills]
+    if args.alone and stills:
+        config, encode, count, first = stills[0]
+        folders["alone"] = replace(config, people=(1, 1, 1), whole=(2,)), encode, args.alone, first + math.ceil(count / SHARD) * SHARD
+    elif args.alone and args.stage != "all":
+        raise ValueError(f"want a stage that learns from stills for --alone, got --stage {args.stage}")
+    return folders
+
+
 def fill_caches(
     args: argparse.Namespace, kinds: tuple, cache: Path, vae: VideoVAE, encoder: ExpressionEncoder, token: int, device, rank: int, world: int
 ) -> list[Path]:
@@ -948,12 +972,8 @@ def fill_caches(
     folders, parts = [], {"vae": fingerprint(vae), "encoder": fingerprint(encoder)}
     # two processes of one thread draw faster than one of two
     helpers = (args.threads or os.cpu_count() or 1) if device.type == "cpu" and world == 1 else 1
-    if missing := set(kinds) - set(PICTURES[args.config]):
-        raise ValueError(f"want a stage that {args.config} has pictures for, got --stage {args.stage}: there are none of kind {', '.join(missing)}")
-    for kind in kinds:
-        clip_config, encode, count = PICTURES[args.config][kind]
-        clip_config = as_heard(clip_config, encoder)
-        count, seed = count if args.clips is None else args.clips, int(kind == "small")  # small pictures show other people: the more the better
+    for kind, (clip_config, encode, count, first) in pictures_of(args, kinds, encoder).items():
+        seed = int("small" in kinds)  # small pictures show other people: the more the better
         stamp_cache(cache / kind, {"seed": seed} | asdict(clip_config) | parts, write=rank == 0 and count > 0)
         encode_clips(
             SceneClips(clip_config, seed=seed, device=device),
@@ -965,7 +985,7 @@ def fill_caches(
             rank=rank,
             world=world,
             processes=helpers,
-            first=args.first,
+            first=first,
         )
         folders += [cache / kind] if count or not args.data else []
     if args.data and "clips" in kinds:

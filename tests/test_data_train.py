@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import fantasy_nb.train as train_module
 from fantasy_nb.animate import PortraitPipeline
@@ -355,8 +355,10 @@ rank, here = int(os.environ["RANK"]), Path({str(tmp_path)!r})
 
 
 def test_two_processes_average_gradients_and_end_alike(tmp_path, cache):
-    "Half a batch each gives the gradient of the whole batch, and one late process stops all."
+    "Half a batch each gives the gradient of the whole batch, one late process stops all, and both leave their group before Python ends."
     states = in_processes(tmp_path, f"""
+import atexit
+atexit.register(lambda: (here / f"left{{rank}}").write_text(str(not torch.distributed.is_initialized())))  # runs after what is registered later
 clips = LatentClips({str(cache)!r})
 animator = small_animator()
 train(animator, clips, SMALL, here / "run", show=False, max_minutes=math.inf)
@@ -369,6 +371,7 @@ torch.save(animator.state_dict(), here / f"rank{{rank}}.pt")
     assert (tmp_path / "run" / "checkpoint.pt").exists() and len(list(csv.DictReader(open(tmp_path / "run" / "log.csv")))) == SMALL.steps
     start = small_animator().state_dict()
     assert any(not torch.equal(a, start[name]) for name, a in states[0].items())
+    assert [(tmp_path / f"left{k}").read_text() for k in range(2)] == ["True", "True"]
 
 
 def test_each_process_takes_its_share_and_gradients_are_those_of_the_whole_batch(tmp_path, cache):
@@ -562,6 +565,18 @@ def test_training_with_new_views_resumes_exactly(tmp_path, capsys):
     assert not (tmp_path / "nothing").exists()
     with pytest.raises(ValueError, match="NewViews if it is not 0"):
         train(small_animator(), None, TrainConfig(steps=1, new_views=0.5))
+
+
+def test_further_scenes_of_one_person_are_numbered_on_and_learned_from(tmp_path, capsys, monkeypatch):
+    learned, train = [], train_module.train
+    monkeypatch.setattr(train_module, "train", lambda animator, clips, *rest, **named: learned.append(clips) or train(animator, clips, *rest, **named))
+    arguments = ["--cache", str(tmp_path / "cache"), "--steps", "1", "--batch", "2", "--threads", "1", "--samples", "0"]
+    assert main([*arguments, "--stage", "stills", "--first", "50", "--clips", "2", "--alone", "3", "--run", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    rows = load_file(tmp_path / "cache" / "alone" / "clips-000075.safetensors")
+    assert [path.name for path in (tmp_path / "cache" / "alone").glob("clips-*")] == ["clips-000075.safetensors"] and len(learned[0]) == 2 * (2 + 3)
+    assert [value.shape[0] for name, value in rows.items() if name.endswith(".features")] == [1] * 6  # and their mirror images
+    assert main([*arguments, "--stage", "clips", "--clips", "1", "--alone", "3", "--run", str(tmp_path / "other")]) == 2
+    assert "want a stage that learns from stills for --alone, got --stage clips" in capsys.readouterr().err and not (tmp_path / "cache" / "clips").exists()
 
 
 def test_a_still_equals_a_window_whose_four_frames_agree():
