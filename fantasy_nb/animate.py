@@ -30,7 +30,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import OneLineParser, as_frames, at_least, data_samples, has_sound, open_video, read_image
+from .core import OneLineParser, as_frames, at_least, data_samples, has_sound, on_even_grid, open_video, read_image
 from .core import read_video, tile_frames, write_image, write_video
 from .data import grown_boxes
 from .expression import ExpressionEncoder, Features
@@ -163,9 +163,9 @@ class Animation:
         half = (len(beside) + 1) // 2
         return np.concatenate(beside[:half] + [film] + beside[half:], 2)
 
-    def sheet(self, columns: int = 6) -> np.ndarray:  # uint8 (h w 3)
-        "A contact sheet: moments of the film with its drivers, from top to bottom."
-        picks = np.linspace(0, len(self.frames) - 1, columns).round().astype(int)
+    def sheet(self, moments: int = 6) -> np.ndarray:  # uint8 (h w 3)
+        "A contact sheet: moments of the film with its drivers, in two columns."
+        picks = np.linspace(0, len(self.frames) - 1, moments).round().astype(int)
         return tile_frames(self.compare(160)[picks], columns=2)
 
     def save(self, path, compare: bool = False, height: int | None = None, sound: int | None = None) -> None:
@@ -199,14 +199,16 @@ def load_portrait(portrait) -> np.ndarray:  # uint8 (h w 3)
 
 # %% ../nbs/11_animate.ipynb #cell-021
 def load_driver(driver, frames: int | None, fps: float | None) -> tuple[np.ndarray, float]:
-    "A path, frames, or a pair (frames, fps); at most `frames` of them, at `fps` where a file has another rate."
+    "A path, frames, or a pair (frames, fps); at most `frames` of them, at `fps` where they have another rate."
     if isinstance(driver, (str, os.PathLike)):
         return read_video(driver, frames, fps)
     pictures, rate = driver if isinstance(driver, tuple) else (driver, fps or 25.0)
-    pictures = as_frames(pictures)[:frames]
+    pictures = as_frames(pictures)
     if not len(pictures):
         raise ValueError("want a driver of at least one frame, got none")
-    return pictures, rate
+    if fps and rate != fps:
+        pictures, rate = pictures[on_even_grid(np.arange(len(pictures)) / rate, fps)], fps
+    return pictures[:frames], rate
 
 # %% ../nbs/11_animate.ipynb #cell-023
 def unwatched(stage: str, share: float) -> None:
@@ -509,7 +511,7 @@ class PortraitPipeline(StoredPipeline):
         return torch.cat([self.encoder(part.to(self.device)).pack() for part in crops.split(64)])
 
     def performances(self, cast: Cast) -> Tensor:  # (p 1+4n 554)
-        "Everybody's features: the portrait's own moment, then the driver's (as strong as the person's dials say), held at the end up to a whole window."
+        "Everybody's features: the portrait's own moment, then the driver's (as strong as the person's dials say), held at the end up to a multiple of four frames."
         rows, length = [], len(cast.films[0])
         for k, face in enumerate(cast.people, 1):
             own = moved = self.features(cast.picture[None], face)
@@ -580,6 +582,7 @@ class PortraitPipeline(StoredPipeline):
     ) -> Animation:
         "Animate everybody who has a driver. Raises ValueError for pictures without faces, too many drivers, wrong assignments or settings."
         asked = dict(steps=steps, guidance=guidance, draws=draws, solver=solver, interval=interval, window=window, looks=looks)
+        asked |= {} if window is None else {"overlap": max(0, min(self.settings.overlap, window - 1))}
         how = replace(self.settings, **{k: v for k, v in asked.items() if v is not None})
         show = show and not getattr(self, "_progress_bar_config", {}).get("disable")
         self.watch = watch or unwatched

@@ -332,7 +332,10 @@ def curate_video(
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
 
-def find_videos(folder) -> dict[str, Path]:  # name -> file
+def find_videos(
+    folder,  # or one file
+    leave_out: Path | None = None,  # a folder in it that is not searched
+) -> dict[str, Path]:  # name -> file
     "All videos under a folder, or the one file. Raises FileNotFoundError or ValueError where there are none."
     folder = Path(folder)
     if not folder.exists():
@@ -340,6 +343,7 @@ def find_videos(folder) -> dict[str, Path]:  # name -> file
     if folder.is_file():
         return {folder.stem: folder}
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS)
+    files = [p for p in files if leave_out is None or not p.resolve().is_relative_to(leave_out.resolve())]
     if not files:
         raise ValueError(f"want videos ({', '.join(VIDEOS)}) in {folder}, found none")
     found = {}
@@ -402,7 +406,8 @@ def curate(
     import pyarrow
     import pyarrow.parquet
 
-    found, out = find_videos(videos), Path(out)
+    out = Path(out)
+    found = find_videos(videos, leave_out=out)  # `out` may lie among the videos
     for part in ("clips", "tracks", "rows"):
         (out / part).mkdir(parents=True, exist_ok=True)
     jobs = [dict(name=name, path=str(path.resolve()), out=str(out.resolve()), config=asdict(config)) for name, path in found.items()]
@@ -477,7 +482,7 @@ class ClipFolder(torch.utils.data.Dataset):
         self.rows = [row for row in rows if row["kept"] and row["frames"] >= config.frames]
         if not self.rows:
             raise ValueError(
-                f"want at least one kept clip of {config.frames} frames in {folder}, got {sum(row['kept'] for row in rows)} kept of {len(rows)}, all shorter"
+                f"want at least one kept clip of {config.frames} frames in {folder}, got {sum(row['kept'] for row in rows)} kept of {len(rows)}, none of them so long"
             )
 
     def __len__(self):

@@ -10,8 +10,9 @@ __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'SHARD', 'EVE
            'step_generator', 'pixel_decoder', 'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA',
            'make_accelerator', 'leave_group', 'whole', 'spread_like', 'save_checkpoint', 'load_checkpoint',
            'carries_expression', 'parameter_groups', 'forget_expression', 'held_out_loss', 'check_run', 'one_step',
-           'train', 'append_log', 'Watcher', 'build_parser', 'main', 'start_processes', 'fingerprint', 'stamp_cache',
-           'as_heard', 'pictures_of', 'fill_caches', 'load_animator', 'run_stage', 'run_training']
+           'train', 'append_log', 'Watcher', 'build_parser', 'add_stage', 'add_scenes', 'add_course', 'add_machine',
+           'add_run', 'main', 'start_processes', 'fingerprint', 'stamp_cache', 'as_heard', 'pictures_of', 'fill_caches',
+           'load_animator', 'run_stage', 'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-005
 import argparse
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict
@@ -258,7 +260,7 @@ def mirrored(clip: Clip, seed: int) -> Clip:
 
 # %% ../nbs/10_train.ipynb #cell-026
 class NewViews:
-    "Scenes of stills laid anew: portrait and moments of a scene under one shift (up to 6 % of the width), one zoom (.91 to 1.23) and one lamp. Needs a VAE with a linear code."
+    "Scenes of stills laid anew: portrait and moments of a scene under one shift (up to 7 % of the height sideways, 6 % up or down), one zoom (.91 to 1.23) and one lamp. Needs a VAE with a linear code."
 
     def __init__(self, vae: VideoVAE):
         if vae.code is None:
@@ -329,15 +331,18 @@ SHARD = 25  # clips a file of the cache
 
 
 def encode_shard(clips, start: int, stop: int, path: Path, vae: VideoVAE, encoder: ExpressionEncoder, encode) -> int:  # how many clips
-    "One file of `encode_clips`, if it is not there."
-    rows = {}
-    for i in range(start, stop if not path.exists() else start):
+    "One file of `encode_clips`: what is not in it yet."
+    rows, there = {}, set()
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            there = {int(name.split(".")[0]) // 2 for name in file.keys()}
+    for i in [i for i in range(start, stop) if i not in there]:
         clip = clips[i]
         for k, seen in enumerate((clip, mirrored(clip, i))):
             rows |= {f"{2 * i + k}.{name}": value for name, value in encode(seen, vae, encoder).items()}
     if rows:
         with atomic(path) as part:
-            save_file(rows, part)
+            save_file((load_file(path) if there else {}) | rows, part)
     return stop - start
 
 
@@ -355,7 +360,7 @@ def encode_clips(
     processes: int = 1,  # of `in_processes`
     first: int = 0,  # clip to begin with, where a file begins
 ) -> None:
-    "Fill a cache folder with shards; those that exist already are kept. Clip i makes entries 2i and, mirrored, 2i + 1. Raises ValueError for a first clip in the middle of a file."
+    "Fill a cache folder with shards; clips that they hold already are kept. Clip i makes entries 2i and, mirrored, 2i + 1. Raises ValueError for a first clip in the middle of a file."
     if first % shard:
         raise ValueError(f"want a first clip where a file of {shard} begins, got {first}")
     folder, last = Path(folder), first + count
@@ -658,7 +663,8 @@ def train(
         try:
             out, norm = one_step(model, optimizer, batch, config, step, accelerator, decode, views)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error}; clips {drawn}; the last checkpoint is {checkpoint}") from None
+            kept = f"the last checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else "there is no checkpoint yet"
+            raise FloatingPointError(f"{error}; clips {drawn}; {kept}") from None
         ema.update(bare, step)
         late = (time.monotonic() - began) / 60 > max_minutes
         late = accelerator.reduce(torch.tensor([float(late)], device=device)).item() > 0 if world > 1 else late
@@ -710,7 +716,7 @@ STAGES = {  # what to learn from, and how
 # what `fantasy-train` does if no stage is named; tiny has no small pictures and begins with stills
 ONE_AFTER_THE_OTHER = ("small", "stills", "clips", "mixed")
 
-# %% ../nbs/10_train.ipynb #cell-070
+# %% ../nbs/10_train.ipynb #cell-071
 class Watcher:
     "Pictures (and, where asked for, TensorBoard) of a run while it goes on."
 
@@ -784,111 +790,131 @@ class Watcher:
         if self.writer:
             self.writer.close()
 
-# %% ../nbs/10_train.ipynb #cell-073
+# %% ../nbs/10_train.ipynb #cell-074
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = OneLineParser(
         "fantasy-train",
         description="Train the animator (DiT, expression memory and tokens) on synthetic or curated clips; VAE and encoder weights must exist.",
     )
-    parser.add_argument("--config", choices=list(PICTURES), default="tiny", help="size of the model (default: tiny)")
-    parser.add_argument(
+    for title, add in {"what": add_stage, "from which pictures": add_scenes, "how": add_course, "on which machine": add_machine, "where to": add_run}.items():
+        add(parser.add_argument_group(title))
+    return parser
+
+
+def add_stage(group) -> None:
+    "Which network learns what."
+    group.add_argument("--config", choices=list(PICTURES), default="tiny", help="size of the model (default: tiny)")
+    group.add_argument(
         "--stage",
         choices=["all", *STAGES],
         default="all",
         help="small: unrelated moments in small pictures (mini only), quick to draw and to learn; stills: the same in full size; clips: motion; mixed: both; default: these, one after the other. base: both without any expression; adapter: the expression alone, on a frozen base (--init)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--init", type=Path, default=None, help="folder with dit/ and tokens/ to start from, as an earlier stage wrote them (default: random weights)"
     )
-    parser.add_argument("--parts", type=Path, default=None, help="folder with vae/ and encoder/ weights (default: the shipped ones of this config)")
-    parser.add_argument("--encoder", type=Path, default=None, help="folder of the expression encoder to listen to (default: encoder/ in --parts)")
-    parser.add_argument(
-        "--run",
-        type=Path,
-        default=None,
-        help="folder of checkpoint, log, samples and cache, with all stages one inside it for each (default: runs/CONFIG)",
-    )
-    parser.add_argument("--cache", type=Path, default=None, help="folder of encoded pictures, one in it for each kind (default: RUN/cache)")
-    parser.add_argument(
+    group.add_argument("--parts", type=Path, default=None, help="folder with vae/ and encoder/ weights (default: the shipped ones of this config)")
+    group.add_argument("--encoder", type=Path, default=None, help="folder of the expression encoder to listen to (default: encoder/ in --parts)")
+
+
+def add_scenes(group) -> None:
+    "Scenes to draw, clips to read."
+    group.add_argument("--cache", type=Path, default=None, help="folder of encoded pictures, one in it for each kind (default: RUN/cache)")
+    group.add_argument(
         "--clips",
         type=int,
         default=None,
         help="scenes to render and encode into the cache, if they are not there yet (default: the config's, 1500 to 3450)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--first",
         type=at_least(0),
         default=0,
         metavar="SCENE",
         help="number of the first of --clips, a multiple of 25: a later run may see other scenes than an earlier one (default: 0)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--alone",
         type=at_least(0),
         default=0,
         metavar="CLIPS",
         help="so many further scenes of one person each, numbered on from the others', in the stages that learn from stills (default: 0; of the others a quarter show one person)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--data",
         type=Path,
         default=None,
         help="folder written by fantasy-curate: its clips are learned from as well, in the stages that learn from clips",
     )
-    parser.add_argument("--steps", type=int, default=None, help="training steps of the stage")
-    parser.add_argument("--batch", type=int, default=None, help="clips a step, of all processes together")
-    parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
-    parser.add_argument(
-        "--decay",
-        type=float,
-        default=None,
-        metavar="SHARE",
-        help="share of the steps, at the end, over which the rate falls to zero (default: the stage's, 0.3 for stills); a course that goes on from good weights wants a low --lr and 0.9",
-    )
-    parser.add_argument(
-        "--loss",
-        choices=["latents", "pixels"],
-        default=None,
-        help="squared errors of latents or absolute errors of pixels (default: latents for stills, base and adapter, pixels for the others)",
-    )
-    parser.add_argument(
+    group.add_argument(
         "--new-views",
         type=float,
         default=None,
         metavar="SHARE",
         help="share of the scenes of stills that are seen from another place, under another lamp, each time anew (default: 0)",
     )
-    parser.add_argument(
+
+# %% ../nbs/10_train.ipynb #cell-076
+def add_course(group) -> None:
+    "What a `TrainConfig` says."
+    group.add_argument("--steps", type=int, default=None, help="training steps of the stage (default: the stage's, 2800 to 22500)")
+    group.add_argument("--batch", type=int, default=None, help="clips a step, of all processes together (default: 8)")
+    group.add_argument("--lr", type=float, default=None, help="peak learning rate (default: the stage's, .001 or .002)")
+    group.add_argument(
+        "--decay",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="share of the steps, at the end, over which the rate falls to zero (default: the stage's, 0.3 for stills); a course that goes on from good weights wants a low --lr and 0.9",
+    )
+    group.add_argument(
+        "--loss",
+        choices=["latents", "pixels"],
+        default=None,
+        help="squared errors of latents or absolute errors of pixels (default: pixels for clips and mixed, latents for the others)",
+    )
+    group.add_argument(
         "--learn-base",
         type=float,
         default=None,
         metavar="SHARE",
         help="rate of everything but the expression, as a share of --lr; 0 = frozen (default: the stage's)",
     )
-    parser.add_argument("--bf16", action="store_true", default=None, help="half the bits: twice as fast where the device can")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network's blocks")
-    parser.add_argument(
-        "--recompute", action="store_true", help="keep no activations inside blocks (gradient checkpointing): less memory, a third more work"
+    group.add_argument("--seed", type=int, default=0, help="of weights, batches, times and noise (default: 0)")
+
+
+def add_machine(group) -> None:
+    "Speed, memory, patience."
+    group.add_argument("--bf16", action="store_true", default=None, help="half the bits: twice as fast where the device can")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network's blocks")
+    group.add_argument("--recompute", action="store_true", help="keep no activations inside blocks (gradient checkpointing): less memory, a third more work")
+    group.add_argument("--processes", type=int, default=1, help="start so many of itself, each with its share of every batch (default: 1)")
+    group.add_argument("--threads", type=at_least(1), default=None, help="CPU threads of each process")
+    group.add_argument("--max-minutes", type=float, default=math.inf, help="stop a stage, with a checkpoint, after so many minutes of training")
+    group.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly")
+
+
+def add_run(group) -> None:
+    "Folders, and pictures on the way."
+    group.add_argument(
+        "--run",
+        type=Path,
+        default=None,
+        help="folder of checkpoint, log, samples and cache, with all stages one inside it for each (default: runs/CONFIG)",
     )
-    parser.add_argument("--processes", type=int, default=1, help="start so many of itself, each with its share of every batch (default: 1)")
-    parser.add_argument(
+    group.add_argument(
         "--samples", type=int, default=1000, metavar="N", help="draw eight unseen scenes every N steps into RUN/samples; 0 = never (default: 1000)"
     )
-    parser.add_argument("--tensorboard", action="store_true", help="also write RUN/tensorboard")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-minutes", type=float, default=math.inf, help="stop a stage, with a checkpoint, after so many minutes of training")
-    parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly")
-    parser.add_argument("--threads", type=at_least(1), default=None, help="CPU threads of each process")
-    parser.add_argument(
+    group.add_argument("--tensorboard", action="store_true", help="also write RUN/tensorboard")
+    group.add_argument(
         "--out",
         type=Path,
         default=None,
         help="write the averaged weights and the parts they need here, for `fantasy-animate --weights` (default: RUN/weights)",
     )
-    return parser
 
-# %% ../nbs/10_train.ipynb #cell-074
+# %% ../nbs/10_train.ipynb #cell-077
 def main(arguments=None) -> int:
     "`fantasy-train`: encode clips, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -902,7 +928,7 @@ def main(arguments=None) -> int:
         print(f"fantasy-train: {error}", file=sys.stderr)
         return 2
 
-# %% ../nbs/10_train.ipynb #cell-076
+# %% ../nbs/10_train.ipynb #cell-079
 def start_processes(count: int, arguments: list[str], entry=main) -> int:
     "Call `entry(arguments)` in several processes, as `torchrun --standalone --nproc-per-node COUNT` would; the worst exit code. Raises ValueError where one of them stopped."
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -918,7 +944,7 @@ def start_processes(count: int, arguments: list[str], entry=main) -> int:
         said = error.get_first_failure()[1].message
         raise ValueError(f"a process stopped: {said['message'] if isinstance(said, dict) else said}") from None
 
-# %% ../nbs/10_train.ipynb #cell-078
+# %% ../nbs/10_train.ipynb #cell-081
 def fingerprint(module: nn.Module) -> str:
     "Of a network's weights: sixteen hexadecimal digits."
     digest = hashlib.sha256()
@@ -942,7 +968,7 @@ def stamp_cache(folder: Path, made_of: dict, write: bool = True) -> None:
         with atomic(path) as part:
             part.write_text(json.dumps(made_of, indent=2))
 
-# %% ../nbs/10_train.ipynb #cell-079
+# %% ../nbs/10_train.ipynb #cell-082
 def as_heard(config: ClipConfig, encoder: ExpressionEncoder) -> ClipConfig:
     "Pictures whose drivers are cropped as the encoder wants them."
     return replace(config, crop=encoder.config.image_size, closer=encoder.config.closer)
@@ -1000,7 +1026,7 @@ def fill_caches(
         raise ValueError(f"want a stage that learns from clips for --data, got --stage {args.stage}")
     return folders
 
-# %% ../nbs/10_train.ipynb #cell-081
+# %% ../nbs/10_train.ipynb #cell-084
 def load_animator(args: argparse.Namespace, stage: str, init: Path | None, device) -> Animator:
     "Random weights, or those in `init` (zeros for an origin that they lack); an adapter begins with a new expression memory. Raises ValueError where sizes differ."
     animator = getattr(Animator, args.config)()
@@ -1016,7 +1042,7 @@ def load_animator(args: argparse.Namespace, stage: str, init: Path | None, devic
     animator.dit.gradient_checkpointing = args.recompute
     return animator.to(device).train()
 
-# %% ../nbs/10_train.ipynb #cell-083
+# %% ../nbs/10_train.ipynb #cell-086
 def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None, out: Path) -> bool:  # was it trained to its last step?
     "One stage of `STAGES`: fill its cache, train, write the averaged weights into `out`."
     asked = {name: getattr(args, name) for name in ("steps", "batch", "lr", "decay", "loss", "learn_base", "bf16", "seed", "new_views")}
@@ -1072,7 +1098,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
     accelerator.wait_for_everyone()
     return ema.steps >= config.steps
 
-# %% ../nbs/10_train.ipynb #cell-085
+# %% ../nbs/10_train.ipynb #cell-088
 def run_training(args: argparse.Namespace) -> int:
     "What `fantasy-train` does once its arguments are read: one stage, or all of them, each from the weights of the one before."
     run = args.run or Path(f"runs/{args.config}")
@@ -1093,7 +1119,8 @@ def run_training(args: argparse.Namespace) -> int:
     for stage in stages:
         last = stage == stages[-1]
         if not run_stage(args, stage, run / stage, init, weights if last else run / stage / "weights"):
-            print(f"stopped within {stage}; go on with --resume --run {run}")
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"stopped within {stage}; go on with --resume --config {args.config} --run {run}")
             break
         init = run / stage / "weights"
     return 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fantasy_nb.animate import (Animation, PipelineConfig, PortraitPipeline, blend_windows, check_assignment, fit_portrait, lay_on_grids, main, window_starts)
+from fantasy_nb.animate import (Animation, PipelineConfig, PortraitPipeline, blend_windows, check_assignment, fit_portrait, lay_on_grids, load_driver, main, window_starts)
 from fantasy_nb.core import data_samples, read_image, read_video, write_image, write_video
 from fantasy_nb.faces import paint_background, pixel_grid, Identity
 from fantasy_nb.tracking import measure_expression, track_faces
@@ -309,6 +309,19 @@ def test_a_watcher_hears_shares_that_rise_over_all_looks_and_draws(pipeline):
     assert len(film.frames) == 4
     with pytest.raises(ValueError, match="1, 2 or 4 looks, got looks=3"):
         pipeline(PORTRAIT, DRIVERS, frames=4, looks=3, show=False)
+
+
+def test_frames_of_another_rate_than_the_first_driver_s_stay_in_time():
+    frames = np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(3, -1)
+    for fps, shown in ((None, range(20)), (50.0, range(20)), (25.0, range(0, 20, 2)), (100.0, np.arange(40) // 2)):
+        pictures, rate = load_driver((frames, 50.0), None, fps)
+        assert pictures[:, 0, 0, 0].tolist() == list(shown) and rate == (fps or 50.0)
+    assert len(load_driver((frames, 50.0), 4, 25.0)[0]) == 4 and load_driver((frames, 50.0), 4, 25.0)[0][3, 0, 0, 0] == 6
+
+
+def test_a_window_of_one_latent_frame_overlaps_nothing(pipeline):
+    film = pipeline(PORTRAIT, DRIVERS, frames=8, window=1, show=False).frames
+    assert film.shape[0] == 8 and not np.array_equal(film, pipeline(PORTRAIT, DRIVERS, frames=8, window=2, show=False).frames)
 
 
 def test_dials_turn_the_performance_and_not_the_portrait(pipeline):

@@ -215,6 +215,13 @@ def test_names_do_not_collide(tmp_path):
         (tmp_path / name).touch()
     found = find_videos(tmp_path)
     assert len(found) == 3 == len(set(found.values()))
+    assert list(find_videos(tmp_path, leave_out=tmp_path / "a").values()) == [tmp_path / "a-b.mov", tmp_path / "a-b.mp4"]  # clips of an earlier run are no footage
+
+
+def test_clips_written_among_the_videos_are_not_cut_again(rushes, tmp_path):
+    shutil.copytree(rushes, tmp_path / "rushes")
+    first, second = (curate(tmp_path / "rushes", tmp_path / "rushes" / "out", CurationConfig(sharpness=0), processes=1, show=False) for _ in range(2))
+    assert any(row["kept"] for row in first) and first == second
 
 
 def test_command(curated, rushes, tmp_path, capsys):

@@ -182,7 +182,7 @@ def test_nan_stops_the_run_and_names_the_step(cache):
     animator = small_animator()
     with torch.no_grad():
         animator.dit.head.head.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"step 0 is nan; clips \[\d, \d\]"):
+    with pytest.raises(FloatingPointError, match=r"step 0 is nan; clips \[\d, \d\]; there is no checkpoint yet"):
         train(animator, LatentClips(cache), SMALL, show=False)
 
 
@@ -254,6 +254,10 @@ def test_cache_is_made_of_whole_shards_and_kept(tmp_path):
     stamps = [f.stat().st_mtime_ns for f in files]
     encode_clips(clips, 3, tmp_path, *parts, shard=2, show=False)
     assert stamps == [f.stat().st_mtime_ns for f in files] and len(LatentClips(tmp_path)) == 6  # every clip and its mirror image
+    before = load_file(files[1])
+    encode_clips(clips, 4, tmp_path, *parts, shard=2, show=False)  # a file that is not full yet is filled up
+    after = load_file(files[1])
+    assert len(LatentClips(tmp_path)) == 8 and stamps[0] == files[0].stat().st_mtime_ns and all(torch.equal(after[name], before[name]) for name in before)
     encode_clips(clips, 3, tmp_path / "two", *parts, shard=2, show=False, processes=2)  # helpers fill the same files
     one, two = LatentClips(tmp_path), LatentClips(tmp_path / "two")
     assert len(two) == 6 and all((one.clips[i][name].float() - two.clips[i][name].float()).abs().max() < 2e-2 for i in range(6) for name in one.clips[i])
