@@ -192,6 +192,8 @@ def read_checkpoint(path, device="cpu") -> dict:
     "What `torch.save` wrote, without running code. Raises ValueError where the file is broken or holds more than numbers, text and lists."
     try:
         return torch.load(path, map_location=device, weights_only=True)
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError that says nothing about the file
+        raise
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise ValueError(f"{path} is no whole checkpoint ({reason}): remove it, or start a new run") from None
@@ -341,11 +343,11 @@ def true_rate(
     times,  # (f,) seconds
     stated: float,  # frames a second, as the file's header says
 ) -> tuple[float, bool]:  # frames a second, whether the frames come evenly
-    "Believe the header where the gaps between frames agree with it; else take the usual gap."
-    gaps = np.diff(times)
-    if (np.abs(gaps * stated - 1) < 0.5).all() or not gaps.any():
+    "Believe the header where the gaps between frames agree with it, each and in sum (a part of a file may run faster than the whole); else take the usual gap."
+    gaps = np.diff(times) * stated
+    if not gaps.any() or ((np.abs(gaps - 1) < 0.5).all() and abs(gaps.sum() - len(gaps)) < max(0.5, 0.02 * len(gaps))):
         return stated, True
-    return float(Fraction(1 / np.median(gaps)).limit_denominator(1001)), False
+    return float(Fraction(stated / np.median(gaps)).limit_denominator(1001)), False
 
 # %% ../nbs/00_core.ipynb #cell-076
 def read_video(
@@ -364,7 +366,9 @@ def read_video(
         if start > 0:
             container.seek(int(begin / stream.time_base), stream=stream)
         for k, frame in enumerate(container.decode(stream)):
-            time = k / rate if frame.time is None else frame.time
+            if frame.time is None and start > 0:
+                raise ValueError(f"want a file whose frames have times to start {start:g} s into it, got none in {path}")
+            time = k / own if frame.time is None else frame.time
             if start > 0 and time < begin:
                 continue
             if max_frames and times and (time - times[0]) * rate > max_frames:
@@ -398,11 +402,14 @@ def write_image(
     path,  # its ending picks the format
     image,  # uint8 (h w 3) or float (3 h w) in [0, 1]
 ) -> Path:
-    "Write a picture, whole or not at all."
+    "Write a picture, whole or not at all. Raises ValueError for more than one."
     from PIL import Image
 
+    pictures = as_frames(image)
+    if len(pictures) != 1:
+        raise ValueError(f"want one picture to write, got {len(pictures)}")
     with atomic(path) as part:
-        Image.fromarray(as_frames(image)[0]).save(part)
+        Image.fromarray(pictures[0]).save(part)
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #cell-089

@@ -200,7 +200,7 @@ class CrossAttention(nn.Module):
         guards: dict,  # name -> who may attend, and how strongly (chapter 07)
     ) -> Tensor:  # (b n d)
         if not memories:
-            return self.out.bias.to(x.dtype).expand_as(x)  # nobody speaks: out(0); weights may be stored narrower than x
+            return self.out(x.new_zeros(1, 1, x.shape[-1])).to(x.dtype).expand_as(x)  # nobody speaks: out(0), called so that its hooks run
         query = self.norm_query(self.query(x)).unflatten(-1, (self.heads, -1))
         answers = [self.memories[name](query, *kv, guards.get(name)) for name, kv in memories.items()]
         return self.out(sum(answers[1:], answers[0]).flatten(2))
@@ -288,7 +288,7 @@ def init_weights(dit: nn.Module) -> None:
     | time embedding | normal 0.02 | small, not dead |
     | time projection | 0; bias 1 for the two gates | time says nothing yet, and the gates are open ... |
     | output of self-attention and feed-forward | 0 | ... onto silent branches: a block starts as its cross-attention |
-    | head | 0 | the first prediction is 0, the mean of normalised latents |
+    | head | 0 | the first prediction is 0: the mean of normalised latents, or no difference to a portrait |
     """
     for name, p in dit.named_parameters():
         if "norm" in name or re.match(r"image_embedding\.[04]", name):
@@ -336,7 +336,7 @@ def token_grid(x: Tensor, t: Tensor, config: DiTConfig) -> tuple[int, int, int]:
     return tuple(size // p for size, p in zip(x.shape[2:], config.patch))
 
 # %% ../nbs/06_dit.ipynb #cell-055
-RELEASED = (  # our names -> the released ones, tried in this order
+RELEASED = (  # our names -> the released ones, applied one after another
     (r"^patchify\.", "patch_embedding."),
     (r"^image_embedding\.", "img_emb.proj."),
     (r"\.norm_cross\.", ".norm3."),
@@ -483,7 +483,7 @@ class ListeningDiT(StoredDiT):
 
 # %% ../nbs/06_dit.ipynb #cell-062
 class DiT(ListeningDiT):
-    "Diffusion transformer for video latents: predicts velocity (Wan) or clean latents (models trained here)."
+    "Diffusion transformer for video latents: predicts velocity (Wan), or clean latents less the portrait's (models trained here)."
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -571,7 +571,14 @@ def diffusers_class(add_expression: Callable | None = None) -> type[DiT]:  # cha
 
 # %% ../nbs/06_dit.ipynb #cell-074
 def as_diffusers(dit: DiT) -> DiT:  # also a diffusers.ModelMixin
-    "The same model in diffusers' hands: both hold the same blocks, so what is done to one is done to the other. Imports diffusers."
+    """The same layers in diffusers' hands; a model that is there already comes back as it is. Imports diffusers.
+
+    What is done to a layer (hooks, dtype) is done to both. What is attached to the model as a whole stays with the one that is
+    returned: config, gradient checkpointing, hooks of its root (prefetching, in `enable_group_offload(..., use_stream=True)`)."""
+    from diffusers import ModelMixin
+
+    if isinstance(dit, ModelMixin):
+        return dit
     with torch.device("meta"):
         hosted = diffusers_class()(**asdict(dit.config))
     for name, module in dit.named_children():

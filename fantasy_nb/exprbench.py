@@ -10,8 +10,9 @@ __all__ = ['UNSEEN', 'INSTRUMENT', 'GAZE_DEGREES', 'EXPRESSION_MEASURES', 'MOVIN
            'heard', 'multiplied', 'obeying', 'landmarks_of', 'landmark_features', 'read_scale', 'Studio', 'as_video',
            'make_methods', 'of_seed', 'judge', 'interventions', 'evaluate', 'mean_and_interval', 'by_film',
            'results_table', 'over_seeds', 'ablation_table', 'as_markdown', 'plot_results', 'plot_differences',
-           'read_rows', 'append_rows', 'build_parser', 'settle', 'write_results', 'real_rows', 'run_bench', 'main',
-           'Ablation', 'new_adapter', 'encode_both', 'lessons', 'train_ablation']
+           'read_rows', 'append_rows', 'build_parser', 'settle', 'write_results', 'real_films', 'real_rows',
+           'check_folder_arguments', 'common_shape', 'run_bench', 'main', 'Ablation', 'new_adapter', 'encode_both',
+           'lessons', 'train_ablation']
 
 # %% ../nbs/12_exprbench.ipynb #cell-005
 import argparse
@@ -22,7 +23,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,8 @@ class Benchmark:
     closer: float = 1.7
 
     def __post_init__(self):
+        if self.frames < 5 or self.frames % 4 != 1:
+            raise ValueError(f"want 4n+1 frames, 5 or more, got frames={self.frames}")
         if self.clips < 1 or not self.seeds or not self.people or not all(1 <= p <= 5 for p in self.people):
             raise ValueError(f"want clips and seeds, and 1 to 5 people, got clips={self.clips}, seeds={self.seeds}, people={self.people}")
 
@@ -272,8 +275,8 @@ class Ruler:
     "Factors of an expression, read off an expression encoder by ridge regression on drawn people."
 
     def __init__(
-        self, folder: str | Path | None = None, size: int = 64, count: int = 600, seed: int = 3001
-    ):  # size: pixels of a face crop in the films to be read
+        self, folder: str | Path | None = None, size: int = 96, count: int = 600, seed: int = 3001
+    ):  # size: pixels of the crops that the lines are fitted on; rows of different sizes cannot be compared
         self.encoder = ExpressionEncoder.from_pretrained(folder or data_samples("weights", *INSTRUMENT))
         known = Expression.sample(count, seed)
         features = self.features(render_crops(Identity.sample(count, seed), known, size, closer=self.encoder.config.closer))
@@ -423,6 +426,7 @@ class Studio:
         self.pipeline, self.rule = PortraitPipeline.from_pretrained(weights, device), rule
         self.animator, self.settings = self.pipeline.animator, self.pipeline.settings
         self.height = round(self.settings.face_height / 0.742 / 16) * 16
+        self.shape = {"height": self.height, "crop": self.settings.crop, "closer": self.settings.closer}  # of the cases it wants
         self.scale = read_scale(weights)
 
     @torch.no_grad()
@@ -462,25 +466,19 @@ def make_methods(names: Iterable[str], weights: dict[str, str]) -> dict[str, Cal
     if unknown := [name for name in names if name not in RULES and name not in BOUNDS and name not in weights]:
         raise ValueError(f"want methods out of {', '.join([*RULES, *BOUNDS, *(w for w in weights if w != 'default')])}, got {', '.join(unknown)}")
     for name in names:
-        folder = weights.get(name, weights["default"])
-        if "{seed}" in str(folder):
-            made[name] = of_seed(folder, name if name in RULES else "full")
-            continue
-        studio = Studio(folder, name if name in RULES else "full")
-        made[name] = (
-            studio.film
-            if name not in BOUNDS
-            else studio.reconstruction
-            if name == "vae"
-            else lambda case: np.repeat(case.film[:1], len(case.film) - 1, 0)
-        )
+        folder, rule = str(weights.get(name, weights["default"])), name if name in RULES else "full"
+        make = Studio.reconstruction if name == "vae" else Studio.film
+        if name == "still":  # needs no weights
+            made[name] = lambda case: np.repeat(case.film[:1], len(case.film) - 1, 0)
+        else:
+            made[name] = of_seed(folder, rule, make) if "{seed}" in folder else partial(make, Studio(folder, rule))
     return made
 
 
-def of_seed(folder: str, rule: str) -> Callable:
+def of_seed(folder: str, rule: str, make: Callable = Studio.film) -> Callable:  # make: (studio, case) -> film
     "A method with weights of its own for each seed of the cases: FOLDER has {seed} in its name."
     studio = cache(lambda seed: Studio(folder.format(seed=seed), rule))
-    return lambda case: studio(case.seed).film(case)
+    return lambda case: make(studio(case.seed), case)
 
 # %% ../nbs/12_exprbench.ipynb #cell-048
 METRICS = {
@@ -731,7 +729,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["tiny"],
         metavar="[NAME=]FOLDER",
-        help="tiny, mini or a folder; NAME=FOLDER adds a method of its own (default: tiny)",
+        help="tiny, mini or a folder; NAME=FOLDER makes NAME a method for --methods, with faces of the same size (default: tiny)",
     )
     parser.add_argument("--own", action="store_true", help="self-reenactment: everybody drives themselves")
     parser.add_argument("--clips", type=int, default=4, help="cases for each number of people and each seed (default: 4)")
@@ -751,9 +749,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/12_exprbench.ipynb #cell-065
 def settle(folder: Path, asked: dict) -> None:
-    "Note what a folder's rows were made with; raise ValueError where it was something else."
+    "Note what a folder's rows are made with; raise ValueError where it has rows that were made with something else."
     path, asked = folder / "bench.json", json.loads(json.dumps(asked))
-    if path.is_file() and (there := json.loads(path.read_text())) != asked:
+    if (folder / "rows.csv").is_file() and path.is_file() and (there := json.loads(path.read_text())) != asked:
         changed = {k: (there.get(k), asked.get(k)) for k in there | asked if there.get(k) != asked.get(k)}
         raise ValueError(f"{folder} holds other results: {changed} (there, asked for); name another --out, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
@@ -773,48 +771,65 @@ def write_results(rows: list[dict], folder: Path) -> str:
     return text
 
 # %% ../nbs/12_exprbench.ipynb #cell-066
+def real_films(folder: Path) -> list[tuple[Path, Path]]:  # (portrait, driver)
+    "Every portrait with every driver of a folder. Raises FileNotFoundError where one kind is missing."
+    portraits, drivers = (sorted(p for p in (folder / kind).glob("*") if p.is_file()) for kind in ("portraits", "drivers"))
+    if not portraits or not drivers:
+        raise FileNotFoundError(f"want pictures in {folder}/portraits and videos in {folder}/drivers, found {len(portraits)} and {len(drivers)}")
+    return [(portrait, driver) for portrait in portraits for driver in drivers]
+
+
 def real_rows(
     pipeline: PortraitPipeline, folder: Path, frames: int, done: set = frozenset(), keep: Callable = lambda rows: None, show: bool = True
 ) -> list[dict]:
     "Every portrait by every driver of a folder: AED, APD and gaze against the driver, shape and colour against the portrait. Raises FileNotFoundError where one kind is missing."
-    portraits, drivers = (sorted(p for p in (folder / kind).glob("*") if p.is_file()) for kind in ("portraits", "drivers"))
-    if not portraits or not drivers:
-        raise FileNotFoundError(f"want pictures in {folder}/portraits and videos in {folder}/drivers, found {len(portraits)} and {len(drivers)}")
     rows = []
-    for portrait, driver in tqdm([(p, d) for p in portraits for d in drivers], desc="films", unit="film", disable=not show):
+    for portrait, driver in tqdm(real_films(folder), desc="films", unit="film", disable=not show):
         case = f"{portrait.stem} {driver.stem}"
         if ("full", case) in done:
             continue
         made = pipeline(portrait, driver, frames=frames, show=False)
         picture = read_image(portrait)[None]
-        tracks, own = track_faces(larger(made.frames), len(made.people)), track_faces(larger(picture), 5)
+        own = track_faces(larger(picture), 5)  # everybody in the portrait, driven or not
+        tracks = track_faces(larger(made.frames), len(own))
         mine = []
         for k, (person, source) in enumerate(zip(made.people, made.tracks)):
-            row = {
-                "method": "full",
-                "case": case,
-                "people": len(made.people),
-                "seed": 0,
-                "person": person,
-                "lost": float(len(tracks) < len(made.people)),
-            }
+            row = {"method": "full", "case": case, "people": len(made.people), "seed": 0, "person": person}
+            row["lost"] = float(len(tracks) < len(own) or len(own) < person)
             if not row["lost"]:
-                against_driver = face_errors(larger(made.frames), tracks[k], made.drivers[k], source)
+                seen, portrayed = tracks[person - 1], own[person - 1]  # both from left to right
+                against_driver = face_errors(larger(made.frames), seen, made.drivers[k], source)
                 row |= {name: against_driver[name] for name in ("aed", "apd", "gaze")}
-                row["identity"] = 1000 * (face_shape(tracks[k]).mean(0) - face_shape(own[person - 1]).mean(0)).norm(dim=-1).mean().item()
-                row["colour"] = (
-                    255
-                    * (skin_colour(larger(made.frames), tracks[k]).mean(0) - skin_colour(larger(picture), own[person - 1]).mean(0))
-                    .abs()
-                    .mean()
-                    .item()
-                )
+                row["identity"] = 1000 * (face_shape(seen).mean(0) - face_shape(portrayed).mean(0)).norm(dim=-1).mean().item()
+                colours = skin_colour(larger(made.frames), seen).mean(0) - skin_colour(larger(picture), portrayed).mean(0)
+                row["colour"] = 255 * colours.abs().mean().item()
             mine.append(row)
         keep(mine)
         rows += mine
     return rows
 
 # %% ../nbs/12_exprbench.ipynb #cell-068
+def check_folder_arguments(args: argparse.Namespace) -> None:
+    "Raises ValueError naming what --folder would not use."
+    usual, others = build_parser().get_default, ("set", "methods", "own", "clips", "seeds", "no_leakage")
+    unused = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) != usual(name)]
+    unused += [f"--weights {text}" for text in args.weights if "=" in text]
+    if unused:
+        raise ValueError(f"want --folder with --weights FOLDER and --frames alone, got {', '.join(unused)} as well")
+
+
+def common_shape(weights: dict[str, str], seeds: list[int]) -> dict[str, float]:  # height, crop, closer: as `Benchmark` takes them
+    "What cases all these weights want. Raises ValueError where they differ: one film cannot suit both."
+    folders = {name: [folder.format(seed=seed) for seed in seeds] if "{seed}" in folder else [folder] for name, folder in weights.items()}
+    first = Studio(folders["default"][0]).shape
+    for name in folders:
+        for folder in folders[name]:
+            if (shape := Studio(folder).shape) != first:
+                said = f"{first} of {weights['default']} and {shape} of {folder}"
+                raise ValueError(f"want weights for faces of one size, got {said}: judge them one by one")
+    return first
+
+# %% ../nbs/12_exprbench.ipynb #cell-070
 def run_bench(args: argparse.Namespace) -> None:
     "What `fantasy-bench` does once its arguments are read."
     if importlib.util.find_spec("skimage") is None:
@@ -834,27 +849,22 @@ def run_bench(args: argparse.Namespace) -> None:
         "leakage": not args.no_leakage,
     }
     names = [name for name in args.methods.split(",") if name]
-    methods = {} if args.folder else make_methods(names, weights)
+    if args.folder:
+        check_folder_arguments(args)
+        real_films(args.folder)
+        pipeline = PortraitPipeline.from_pretrained(weights["default"])
+    else:
+        kind, shape = Benchmark.single if args.set == "single" else Benchmark.multi, common_shape(weights, args.seeds)
+        benchmark = kind(clips=args.clips, seeds=tuple(args.seeds), frames=args.frames, own=args.own, **shape)
+        methods = make_methods(names, weights)
     settle(args.out, asked)
     path = args.out / "rows.csv"
     done = {(row["method"], row["case"]) for row in read_rows(path)}
     keep = lambda rows: append_rows(path, rows)  # noqa: E731
     if args.folder:
-        real_rows(PortraitPipeline.from_pretrained(weights["default"]), args.folder, args.frames, done, keep, not args.quiet)
-    else:
-        first = Studio(weights["default"])
-        kind = Benchmark.single if args.set == "single" else Benchmark.multi
-        benchmark = kind(
-            clips=args.clips,
-            seeds=tuple(args.seeds),
-            frames=args.frames,
-            own=args.own,
-            height=first.height,
-            crop=first.settings.crop,
-            closer=first.settings.closer,
-        )
-        if not {(name, case) for name in names for case in benchmark.names()} <= done:
-            evaluate(methods, benchmark, EncoderFeatures(), Ruler(size=first.settings.crop), not args.no_leakage, done, keep, not args.quiet)
+        real_rows(pipeline, args.folder, args.frames, done, keep, not args.quiet)
+    elif not {(name, case) for name in names for case in benchmark.names()} <= done:
+        evaluate(methods, benchmark, EncoderFeatures(), Ruler(), not args.no_leakage, done, keep, not args.quiet)
     rows = [row for row in read_rows(path) if args.folder or row["method"] in names]
     print(write_results(rows, args.out))
     print(f"\n{len(rows)} rows, table and plot in {args.out}")
@@ -870,7 +880,7 @@ def main(arguments=None) -> int:
         return 2
     return 0
 
-# %% ../nbs/12_exprbench.ipynb #cell-070
+# %% ../nbs/12_exprbench.ipynb #cell-072
 @dataclass(frozen=True)
 class Ablation:
     "What an adapter is trained with."
@@ -898,7 +908,7 @@ def new_adapter(base: str | Path, ablation: Ablation, seed: int) -> Animator:
     animator.tokens = ExpressionTokens(replace(animator.tokens.config, learnable=ablation.learnable))
     return forget_expression(animator)
 
-# %% ../nbs/12_exprbench.ipynb #cell-075
+# %% ../nbs/12_exprbench.ipynb #cell-077
 def encode_both(clip: Clip, vae: VideoVAE, encoder: ExpressionEncoder, token: int = 8) -> dict[str, Tensor]:
     "As `encode_stills`, and the drivers' landmarks (p m 956) beside their features."
     marks = torch.stack([landmarks_of(crops) for crops in clip.crops])

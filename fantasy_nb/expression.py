@@ -464,8 +464,8 @@ def normal(like: Tensor, g: torch.Generator, *shape) -> Tensor:  # (n *shape) no
 
 
 def shake_crop(x: Tensor, g: torch.Generator, a: float) -> Tensor:
-    "A landmark finder is a little off: shift 1.5 %, scale 4 %, turn 1 degree (standard deviations)."
-    scale, turn, shift = 1 + 0.04 * a * normal(x, g).clamp(-2, 2), 0.02 * a * normal(x, g), 0.015 * a * normal(x, g, 2).clamp(-2, 2)
+    "A landmark finder is a little off: shift .75 % of the side, scale 4 %, turn 1 degree (standard deviations, shift and scale cut off at two)."
+    scale, turn, shift = 1 + 0.04 * a * normal(x, g).clamp(-2, 2), 0.02 * a * normal(x, g), 0.015 * a * normal(x, g, 2).clamp(-2, 2)  # a side is 2
     c, s = scale * turn.cos(), scale * turn.sin()
     matrix = torch.stack([c, -s, shift[:, 0], s, c, shift[:, 1]], 1).view(-1, 2, 3)
     return F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), padding_mode="border", align_corners=False)
@@ -597,7 +597,7 @@ def lay_lines(
 
 # %% ../nbs/03_expression.ipynb #cell-071
 def set_last_layers(encoder: ExpressionEncoder, bank: Bank, seed: int = 0) -> None:
-    "Each group's features: its directions in its own hidden features, weighted by agreement and turned at random so that no feature stands alone."
+    "Each group's features: its directions in its own hidden features, weighted by agreement (on the same blocks) and turned so that no feature stands alone."
     hidden, g = hidden_of_pictures(encoder, bank.pictures.flatten(0, 1)), torch.Generator().manual_seed(seed)
     for name in GROUPS:
         z, layer, mean, found = hidden[name], last_layer(encoder, name), hidden[name].mean(0), []
@@ -798,7 +798,7 @@ def train_encoder(
     pool: int = 160,  # blocks whose targets are made in a round
     rounds: tuple | None = None,  # shares of the steps after which targets are made anew; `ROUNDS`, or `FURTHER_ROUNDS` with `init`
     strength: float = 0.5,  # of the augmentation, reached after 70 % of the steps (with `init`: at once)
-    texture: float = 0.0,  # of `retexture`
+    texture: float = 0.0,  # of `retexture`: in full as soon as the augmentation begins (after 30 % of the steps; with `init` at once)
     learning_rate: float = 0.012,  # of kernels and matrices; all else learns at a sixth of it
     bf16: bool = False,  # half the bits, twice as fast where the device can
     device=None,
@@ -808,7 +808,9 @@ def train_encoder(
     max_minutes: float = math.inf,  # stop earlier (with a checkpoint); what was learned so far is returned
     init: ExpressionEncoder | None = None,  # go on with this one, in a new course
 ) -> ExpressionEncoder:  # calibrated, in eval mode
-    "Train on pictures that share the card of one deck; no true factor is ever a target."
+    "Train on pictures that share the card of one deck; no true factor is ever a target. Raises ValueError for `texture` without `strength`."
+    if texture and not strength:
+        raise ValueError(f"want strength above 0 with texture (it is a part of the augmentation), got strength {strength}, texture {texture}")
     device = torch.device(device or "cpu")
     bank = render_bank(320, config.image_size, 5_000_000, device, progress, closer=config.closer) if bank is None else bank
     rounds = rounds or (ROUNDS if init is None else FURTHER_ROUNDS)
@@ -916,7 +918,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="after the course (--steps 0: none) learn from so many groups of people for each of head, eyes, emotion and mouth, who share this and nothing else, what its features pick up of the others, and take it away from then on (the encoders that animators listen to: 200; default: 0, do not)",
     )
     parser.add_argument("--strength", type=float, default=None, help="of the augmentation (default: 0.5; with --agree 0.35)")
-    parser.add_argument("--texture", type=float, default=0.0, help="of other surfaces among it (default: 0, none)")
+    parser.add_argument(
+        "--texture",
+        type=float,
+        default=0.0,
+        help="of other surfaces among it, in full as soon as it begins, after 30 %% of the steps (with --init: at once; default: 0, none)",
+    )
     parser.add_argument(
         "--lr", type=float, default=None, help="peak learning rate of Muon; AdamW has a sixth of it (default: 0.012; with --agree 0.006)"
     )
@@ -961,6 +968,8 @@ def run_course(args: argparse.Namespace) -> int:
         raise ValueError(
             f"want --init, at least 2 groups and no --texture for --agree, got --init {args.init} --agree {args.agree} --texture {args.texture}"
         )
+    if args.texture and args.strength == 0:
+        raise ValueError(f"want --strength above 0 with --texture (it is a part of the augmentation), got --strength 0 --texture {args.texture}")
     init = None if args.init is None else ExpressionEncoder.from_pretrained(args.init)
     if init is not None and init.config.mirror and (steps and not second or args.mirror):
         raise ValueError(f"want {args.init} to hold an encoder without a mirror: it has one already")
@@ -1184,6 +1193,7 @@ def agree(
     device = torch.device(device or "cpu")
     settings = dict(steps=steps, seed=seed, groups=list(pictures.shape), batch=batch, strength=strength, learning_rate=learning_rate, bf16=bf16)
     settings["heads"] = None if heads is None else list(heads.shape)
+    settings["sums"] = [int(ends.sum()) for some in (pictures, heads) if some is not None for ends in (some[:1], some[-1:])]  # targets are theirs
     course = Agreement(init, pictures, settings, device, heads)
     if checkpoint and Path(checkpoint).exists():
         load_course(course, checkpoint)

@@ -80,7 +80,10 @@ class Factors:
         return type(self)(**{name: f(getattr(self, name)) for name in self.names()})
 
     def __getitem__(self, index):
-        index = slice(index, index + 1 or None) if isinstance(index, int) else index
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):  # what ends a loop over them
+                raise IndexError(f"want one of {len(self)}, got {index}")
+            index = slice(index, index + 1 or None)
         return self.map(lambda v: v[index])
 
     def to(self, device):
@@ -205,7 +208,7 @@ class Expression(Factors):
         n: int,  # how many moments
         seed: int,
     ) -> "Expression":
-        "n random expressions, factors drawn independently; at most one emotion each; 85 % blink with both eyes alike."
+        "n random expressions, factors drawn independently (but nobody purses lips that smile); at most one emotion each; 85 % blink with both eyes alike."
         g = torch.Generator().manual_seed(int(seed))
 
         def uniform(low=0.0, high=1.0):
@@ -804,7 +807,7 @@ def render_crops(
 # %% ../nbs/01_faces.ipynb #cell-096
 @dataclass
 class Scene:
-    "People and their places. Everyone shares the first person's background and light."
+    "People and their places."
 
     identity: Identity  # p people, left to right
     place: Tensor  # (p 3): x in [0, 1] of the width; y in [-1, 1] of the height; size relative to the room everyone has
@@ -816,7 +819,7 @@ class Scene:
         seed: int,
         spread: float = 1.0,  # below 1 people stand closer and overlap
     ) -> "Scene":
-        "Random people beside each other. Raises ValueError outside 1 to 5 people."
+        "Random people beside each other, who share the first one's background and light. Raises ValueError outside 1 to 5 people."
         if not 1 <= people <= 5:
             raise ValueError(f"want 1 to 5 people, got {people}")
         g = torch.Generator().manual_seed(int(seed) + 1_000_003)

@@ -184,7 +184,7 @@ def multistep(velocity: Callable, x: Tensor, grid: Tensor, progress: Callable | 
 # %% ../nbs/08_flow.ipynb #cell-053
 @torch.no_grad()
 def sample(
-    model: Callable,                   # network or any (x, t) -> answer
+    model: Callable,                   # any (x, t in [0, 1]) -> answer; a DiT as lambda x, t: dit(torch.cat([x, condition], 1), 1000 * t)
     shape: tuple | None = None,        # (b ...) of the sample; may be left out when noise is given
     steps: int = 30,
     shift: float = 5.0,

@@ -127,23 +127,26 @@ class ExpressionMixer(widgets.VBox):
             return
         k = self.who.value
         self.moments[k] = self.moments[k].replace(**{name: value})
+        self.preset.value = None
         self.draw()
 
-    def feel(self, emotion: str, strength: float = 0.9) -> None:
-        "One emotion, and none of the others; head, eyes and mouth stay."
-        self.put(self.moments[self.who.value].replace(**{name: strength * (name == emotion) for name in EMOTIONS}))
+    def feel(self, emotion: str | None, strength: float = 0.9) -> None:
+        "One emotion, and none of the others; head, eyes and mouth stay. None: the list was only cleared."
+        if not self.loading and emotion:
+            self.put(self.moments[self.who.value].replace(**{name: strength * (name == emotion) for name in EMOTIONS}), emotion)
 
-    def put(self, moment: Expression) -> None:
+    def put(self, moment: Expression, preset: str | None = None) -> None:
         "Set all sliders of the chosen person at once."
         self.moments[self.who.value] = moment
-        self.load()
+        self.load(preset)
         self.draw()
 
-    def load(self) -> None:
-        "The chosen person's factors into the sliders."
+    def load(self, preset: str | None = None) -> None:
+        "The chosen person's factors into the sliders; the list of presets is cleared, or the same one could not be chosen again."
         self.loading = True
         for name, slider in self.sliders.items():
             slider.value = getattr(self.moments[self.who.value], name).item()
+        self.preset.value = preset
         self.loading = False
 
     def draw(self) -> None:
@@ -432,12 +435,20 @@ class AttentionViewer(widgets.VBox):
         self.listen()
 
     def listen(self) -> None:
-        "Make the frame, keep who listened to what."
-        self.weights, self.made, self.grid = listen_in(self.pipeline, self.portrait, self.driver, self.frame.value, self.steps)
+        "Make the frame, keep who listened to what; a frame that cannot be made (of a driver without a visible face) shows a line and no picture."
+        try:
+            self.weights, self.made, self.grid = listen_in(self.pipeline, self.portrait, self.driver, self.frame.value, self.steps)
+        except (ValueError, OSError) as error:
+            self.weights, self.picture.layout.display = None, "none"
+            self.said.value = notice(f"frame {self.frame.value}: {error}", "error")
+            return
+        self.picture.layout.display = None
         self.draw()
 
     def draw(self) -> None:
         "The frame, and over it the share of the chosen group: dark = none, bright = all."
+        if self.weights is None:
+            return
         people = self.weights.shape[-1] // len(self.names)
         mine = torch.tensor([name == self.group.value for name in self.names * people])
         share = self.weights[self.step.value - 1, self.block.value - 1][:, mine].sum(-1).view(self.grid)
@@ -557,8 +568,8 @@ class AnimatePanel(widgets.VBox):
 
     def take(self, upload: widgets.FileUpload, shelf: dict[str, object], check: Callable) -> None:
         "Uploaded files onto the shelf; those that cannot be used are refused in one line."
-        faults, new = [], []
-        for path in keep_uploads(upload, Path(self.folder.name)):
+        faults, new, before = [], [], self.portrait.value
+        for path in keep_uploads(upload, Path(tempfile.mkdtemp(dir=self.folder.name))):  # its own folder: no upload writes over another
             try:
                 check(path)
                 shelf[path.name], new = path, [*new, path.name]
@@ -566,6 +577,8 @@ class AnimatePanel(widgets.VBox):
                 faults.append(f"{path.name}: {str(error).replace(str(path), 'it')}")
         if new and shelf is self.portraits:
             self.portrait.options, self.portrait.value = list(shelf), new[-1]
+            if before == new[-1]:  # another picture of the same name
+                self.look()
         elif new:
             self.offer(new)
         self.said.value = notice("; ".join(faults), "error") if faults else notice(f"ready: {', '.join(new)}" if new else "")
@@ -643,11 +656,10 @@ class AnimatePanel(widgets.VBox):
 
     def present(self, seconds: float) -> None:
         "The film, enlarged, and a button to keep it."
-        path = Path(self.folder.name) / "film.mp4"
-        with warnings.catch_warnings():  # a column is repeated where the width is odd: nothing to tell here
-            warnings.simplefilter("ignore")
-            self.animation.save(path, height=256)
-        data = path.read_bytes()
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a column is repeated where the width is odd: nothing to tell here
+            self.animation.save(path := Path(folder) / "film.mp4", height=256)
+            data = path.read_bytes()
         self.screen.children = [film_widget(data, 256), Download(data=data, layout=widgets.Layout(width="auto"))]
         held = sum(self.animation.held)
         self.said.value = notice(
@@ -655,7 +667,7 @@ class AnimatePanel(widgets.VBox):
         )
 
     def wait(self) -> Animation | None:
-        "Until the thread is done; the film, or None."
+        "Until the thread is done; the last finished film (an earlier one if this one was cancelled or failed), or None."
         if self.thread:
             self.thread.join()
         return self.animation

@@ -44,7 +44,7 @@ from .tokens import ExpressionTokens, TokenConfig, window_tokens
 from .vae import VAEConfig, VideoVAE, encode_stream
 
 # %% ../nbs/13_pretrained.ipynb #cell-008
-DIFFUSERS = (  # released names -> diffusers', tried in this order
+DIFFUSERS = (  # released names -> diffusers', applied one after another
     (r"^(text|time)_embedding\.(\d)", lambda m: f"condition_embedder.{m[1]}_embedder.linear_{int(m[2]) // 2 + 1}"),
     (r"^time_projection\.1", "condition_embedder.time_proj"),
     (
@@ -975,8 +975,8 @@ MEMORY = {
     "gpu": "everything on the GPU, all the time",
     "parts": "one network on the GPU at a time, the others in ordinary memory",
     "float8": "parts, and the DiT's matrices stored in 8 bits, computed in 16",
-    "groups": "parts, and of the DiT a layer at a time; the next one is fetched meanwhile (CUDA streams)",
-    "sequential": "parts, and of the DiT a layer at a time, fetched when its turn has come",
+    "groups": "parts, and of the DiT a layer at a time, fetched when its turn has come (on CUDA from page-locked memory)",
+    "sequential": "as groups, with accelerate's hooks and from ordinary memory",
 }
 
 
@@ -1039,7 +1039,7 @@ def wan_sizes(grid: tuple[int, int, int] = (21, 30, 52), people: int = 2, unit: 
             "expression encoder": count_bytes(ExpressionEncoder(ExpressionConfig.pd_fgc()), 4),
             "vae": count_bytes(VideoVAE(replace(VAEConfig.wan(), latents_mean=(), latents_std=())), 4),
         }
-    c, heard = dit.config, 2 + 257 + grid[0] * 97 * people  # places of text, image and expression
+    c, heard = dit.config, 2 + 257 + grid[0] * 97 * people  # places of text (the empty prompt's, as in `dit_flops`), image and expression
     largest = 2 * max(p.numel() for p in dit.parameters())
     return Sizes(count_bytes(dit), others, largest, c.layers * 2 * heard * c.width * 2, int(unit * math.prod(grid) * c.width * 2))
 
@@ -1072,8 +1072,12 @@ def peak_of_forward(dit: DiT, grid: tuple[int, int, int], **heard) -> int:  # by
 
 # %% ../nbs/13_pretrained.ipynb #cell-092
 def dit_flops(
-    config: DiTConfig, grid: tuple[int, int, int], text: int = 2, image: int = 257, expression: int = 0
-) -> dict[str, int]:  # expression: tokens that a latent frame's tokens hear
+    config: DiTConfig,
+    grid: tuple[int, int, int],  # tokens: frames, rows, columns
+    text: int = 2,  # keys of the empty prompt: its end token, and one place that stands for all the zeros (chapter 06)
+    image: int = 257,
+    expression: int = 0,  # tokens that a latent frame's tokens hear
+) -> dict[str, int]:
     "Floating-point operations of one forward with prepared memories: twice the multiplications in every matrix product."
     n, d, layers = math.prod(grid), config.width, config.layers
     patch = math.prod(config.patch)

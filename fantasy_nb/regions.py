@@ -148,9 +148,11 @@ def attention_mask(
     people: int,
     tokens_per_person: int,  # expression tokens of one person in one latent frame
     keep: Tensor | None = None,  # (t tokens_per_person) bool, False = padding of the window
-    compat: str | None = None,  # "release": its double negation, for people_tokens(..., compat="release")
-) -> Tensor:  # (... t n people*tokens_per_person) bool, people in natural order
-    "True where a token may attend: a face sees its own character's tokens and nobody else's; the background sees none."
+    compat: str | None = None,  # "release": its mask, the wrong way round, for people_tokens(..., compat="release")
+) -> Tensor:  # (... t n people*tokens_per_person) bool, person 1 first; with "release" the last person first
+    """True where a token may attend: a face sees its own character's tokens and nobody else's; the background sees none.
+
+    With compat="release" the other way round: face k sees all places but the k-th, the background sees all."""
     check_compat(compat)
     if owners.max() > people:
         raise ValueError(f"want owners 0 .. {people}, got {int(owners.max())}")
@@ -195,7 +197,10 @@ class ExpressionAttention(nn.Module):
         batch, frames, tokens = shape
         if len(key) != batch * frames:
             raise ValueError(f"want expression tokens (b t e d) for {batch} x {frames} latent frames, got {len(key)} in all")
-        scale = scale.to(key.dtype).view(-1, 1, 1, 1) if isinstance(scale, Tensor) else scale
+        if isinstance(scale, Tensor):
+            if scale.numel() not in (1, batch):
+                raise ValueError(f"want a scale or one for each of {batch} samples, got {tuple(scale.shape)}")
+            scale = scale.to(key).view(-1, 1, 1, 1)
         if mask is None:
             return Guard(None, scale)
         if mask.ndim != 4 or mask.shape[1:] != (frames, tokens, key.shape[1]) or len(mask) not in (1, batch):

@@ -116,7 +116,7 @@ def mesh_view(
     view: tuple[int, int, int, int],  # x0 y0 x1 y1: look only here
     max_faces: int,
     backend=None,  # None or a .task file
-    patience: int = 4,  # looks at one frame, at most
+    patience: int = 4,  # answers compared for one frame, at most; the first is the previous frame's
 ) -> list[np.ndarray]:  # per frame (m 478 3), pixels of the whole picture
     "The meshes in one window of the video, frame after frame; a frame is shown again until two answers in a row agree."
     x, y, right, bottom = view
@@ -225,7 +225,7 @@ def find_meshes(
 ) -> list[np.ndarray]:  # per frame (m 478 3), pixels
     "Every mesh in every frame: the whole picture first, then a closer look where a face was missed."
     h, w = frames.shape[1:3]
-    meshes = mesh_view(frames, (0, 0, w, h), max_people, backend)
+    meshes = [one_mesh_per_face(found) for found in mesh_view(frames, (0, 0, w, h), max_people, backend)]
     if backend is None and max(map(len, meshes)) < max_people:
         with quiet():
             views = zoom_views(frames, meshes)
@@ -423,7 +423,7 @@ def to_track(
 # %% ../nbs/02_tracking.ipynb #cell-065
 def track_faces(
     frames,  # uint8 (f h w 3) or float (f 3 h w) in [0, 1]; a still picture is a video of one frame
-    max_people: int = 5,  # keep at most this many: those seen longest, the larger first
+    max_people: int = 5,  # look for so many at once, and keep at most so many: those seen longest and largest (frames times width)
     backend=None,  # None: MediaPipe 0.10.21's own FaceMesh; or a FaceLandmarker .task file for a newer MediaPipe
     fps: float | None = None,  # kept in the tracks
     min_seen: float = 0.1,  # drop whoever is seen in a smaller share of the frames (or in fewer than 3, where there are 3)

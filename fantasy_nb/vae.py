@@ -408,8 +408,8 @@ class VideoVAE(StoredVAE):
     def set_latent_stats(self, config: VAEConfig) -> None:
         "Take over a config whose dimensions are ours and whose `latents_mean`, `latents_std` are new."
         self.config = config
-        if config.latents_mean: self.latents_mean.copy_(torch.tensor(config.latents_mean).reshape(-1, 1, 1, 1))
-        if config.latents_std: self.latents_std.copy_(torch.tensor(config.latents_std).reshape(-1, 1, 1, 1))
+        for stats, values, empty in ((self.latents_mean, config.latents_mean, 0.0), (self.latents_std, config.latents_std, 1.0)):
+            stats.copy_(torch.tensor(values).reshape(-1, 1, 1, 1)) if values else stats.fill_(empty)
 
     def posterior(self, video: Tensor, cache: FrameCache | None = None) -> Posterior:
         "Raw mean and log-variance, before normalisation."

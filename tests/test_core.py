@@ -3,6 +3,7 @@ import os
 import random
 import warnings
 import wave
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -134,6 +135,49 @@ def test_frame_rate_is_kept_exactly(tmp_path, fps):
     assert read == fps and len(frames) == 12
     with core.open_video(path) as (_, stream):
         assert stream.average_rate == Fraction(fps).limit_denominator(1001)
+
+
+def test_the_beginning_of_a_file_that_pauses_later_keeps_its_own_rate(tmp_path):
+    steady, jitter = np.arange(50) / 25, 0.004 * np.sin(np.arange(50))
+    assert core.true_rate(steady, 25.0) == (25.0, True) and core.true_rate(steady + jitter, 25.0) == (25.0, True)
+    assert core.true_rate(steady, 15.0) == (25.0, False) and core.true_rate(steady, 24.0) == (25.0, False)  # the header says the mean of a file that pauses
+    assert core.true_rate([0.0], 30.0) == (30.0, True)
+
+
+def test_frames_without_times_keep_the_file_s_rate_and_cannot_be_skipped(tmp_path, monkeypatch):
+    path = core.write_video(tmp_path / "clip.mp4", clip(24), 30)
+
+    class Timeless:
+        "What FFmpeg gives of a raw stream: no frame has a time."
+
+        def __init__(self, container):
+            self.container = container
+
+        def seek(self, *where, **options):
+            self.container.seek(*where, **options)
+
+        def decode(self, stream):
+            for frame in self.container.decode(stream):
+                frame.pts = None
+                yield frame
+
+    opened = core.open_video
+
+    @contextmanager
+    def without_times(path):
+        with opened(path) as (container, stream):
+            yield Timeless(container), stream
+
+    monkeypatch.setattr(core, "open_video", without_times)
+    assert len(core.read_video(path)[0]) == 24 and len(core.read_video(path, fps=15.0)[0]) == 12
+    with pytest.raises(ValueError, match="want a file whose frames have times to start 0.2 s into it"):
+        core.read_video(path, start=0.2)
+
+
+def test_only_one_picture_fits_into_a_file(tmp_path):
+    with pytest.raises(ValueError, match="want one picture to write, got 3"):
+        core.write_image(tmp_path / "film.png", np.zeros((3, 8, 8, 3), np.uint8))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("h, w", [(63, 95), (64, 95), (63, 96)])

@@ -12,7 +12,7 @@ import fantasy_nb.exprbench as exprbench
 from fantasy_nb.core import data_samples, read_image, write_image, write_video
 from fantasy_nb.exprbench import (ABLATIONS, BOUNDS, GAZE_DEGREES, RULES, Benchmark, EncoderFeatures, Ruler, Studio, another_actor, another_driver, as_markdown, by_film, evaluate, face_errors, following, frechet_distance, heard, judge,
                                   larger, leakage, main, make_methods, mean_and_interval, perceptual_distance, picture_errors, read_rows, results_table, ruler_error, unchanged, write_results)
-from fantasy_nb.animate import PortraitPipeline
+from fantasy_nb.animate import Animation, PortraitPipeline
 from fantasy_nb.data import SceneClips
 from fantasy_nb.expression import GROUPS, Features
 from fantasy_nb.faces import Expression, Identity, render_crops
@@ -202,8 +202,9 @@ def test_cases_are_the_same_every_time_and_all_different():
     assert len(films) == 4 and len({f.tobytes() for f in films}) == 4
     cross, own = Benchmark.single(**SMALL).case(1, 0, 0), Benchmark.single(**SMALL, own=True).case(1, 0, 0)
     assert np.array_equal(cross.film, own.film) and not torch.equal(cross.crops, own.crops)
-    with pytest.raises(ValueError, match="1 to 5 people"):
-        Benchmark(people=(0,))
+    for wrong, said in (({"people": (0,)}, "1 to 5 people"), ({"frames": 24}, "want 4n.1 frames, 5 or more, got frames=24"), ({"frames": 1}, "got frames=1")):
+        with pytest.raises(ValueError, match=said):
+            Benchmark(**wrong)
 
 
 def test_rules_for_three():
@@ -258,6 +259,14 @@ def test_a_rule_is_gone_after_the_film(case):
 def test_unknown_methods_are_refused():
     with pytest.raises(ValueError, match="want methods out of full, no-mask, eq4, release, still, vae, got magic"):
         make_methods(["full", "magic"], {"default": "tiny"})
+
+
+def test_bounds_are_bounds_with_weights_for_every_seed(monkeypatch, case):
+    studios = []
+    monkeypatch.setattr(exprbench, "Studio", type("Fake", (), {"__init__": lambda self, folder, rule="full": studios.append((folder, rule)), "film": lambda self, case: "film", "reconstruction": lambda self, case: "true"}))
+    made = make_methods(["still", "vae", "no-mask"], {"default": "x-{seed}"})
+    assert np.array_equal(made["still"](case), np.repeat(case.film[:1], 24, 0)) and not studios
+    assert made["vae"](case) == "true" and made["no-mask"](replace(case, seed=2)) == "film" and studios == [("x-0", "full"), ("x-2", "no-mask")]
 
 
 # --- ablations
@@ -379,13 +388,52 @@ def test_command_resumes_and_refuses(tmp_path, capsys):
     assert main(arguments) == 0 and (out / "rows.csv").read_text() == before  # nothing made twice
     assert main([*arguments[:3], "full,still,vae", *arguments[4:]]) == 0  # one method more
     assert len(read_rows(out / "rows.csv")) == len(rows) + 1
-    for wrong, said in ((["--clips", "2"], "holds other results: {'clips': (1, 2)}"), (["--methods", "magic"], "want methods out of"), (["--weights", "nowhere"], "no weights 'nowhere'"), (["--folder", str(tmp_path)], "holds other results")):
+    for wrong, said in ((["--clips", "2"], "holds other results: {'clips': (1, 2)}"), (["--methods", "magic"], "want methods out of"), (["--weights", "nowhere"], "no weights 'nowhere'"), (["--frames", "13"], "holds other results")):
         assert main([*arguments, *wrong]) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
     assert main([*arguments, "--frames", "8", "--out", str(tmp_path / "eight")]) == 2
     assert "want 4n+1 frames" in capsys.readouterr().err
     assert json.loads((out / "bench.json").read_text())["clips"] == 1
+
+
+def test_a_slip_of_the_pen_leaves_nothing_behind(tmp_path, capsys):
+    out = tmp_path / "out"
+    for wrong, said in (
+        (["--frames", "24"], "want 4n+1 frames"),
+        (["--clips", "0"], "want clips and seeds"),
+        (["--folder", str(tmp_path / "nowhere")], "want pictures in"),
+        (["--folder", str(tmp_path), "--set", "single", "--own", "--weights", "x=tiny"], "got --set, --own, --weights x=tiny as well"),
+        (["--weights", "mini=mini", "--methods", "mini,still"], "want weights for faces of one size"),
+    ):
+        assert main([*wrong, "--out", str(out), "--quiet"]) == 2 and said in capsys.readouterr().err and not out.exists()
+    exprbench.settle(out, {"clips": 1})
+    exprbench.settle(out, {"clips": 2})  # no rows yet: no results to mix
+    (out / "rows.csv").touch()
+    with pytest.raises(ValueError, match="holds other results"):
+        exprbench.settle(out, {"clips": 1})
+
+
+def test_the_ruler_is_the_same_whatever_is_judged():
+    import inspect
+
+    assert "Ruler()" in inspect.getsource(exprbench.run_bench) and inspect.signature(Ruler).parameters["size"].default == 96
+
+
+def test_a_driven_person_is_judged_in_their_own_place(tmp_path, monkeypatch):
+    "Two people, the right one's face larger, a driver for the left one."
+    for kind, name in (("portraits", "two.png"), ("drivers", "a.mp4")):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / name).touch()
+    picture, pairs = np.zeros((256, 256, 3), np.uint8), []
+    monkeypatch.setattr(exprbench, "read_image", lambda path: picture)
+    monkeypatch.setattr(exprbench, "track_faces", lambda film, people: ["left", "right"][:2] if people > 1 else ["right"])  # the largest, from left to right
+    monkeypatch.setattr(exprbench, "face_errors", lambda film, track, *_: pairs.append(track) or dict.fromkeys(("aed", "apd", "gaze"), 0.0))
+    monkeypatch.setattr(exprbench, "face_shape", lambda track: torch.full((1, 3, 2), float(track == "left")))
+    monkeypatch.setattr(exprbench, "skin_colour", lambda film, track: torch.full((1, 3), float(track == "left")))
+    made = Animation(picture[None], 25.0, ["driver"], [picture[None]], [1])
+    (row,) = exprbench.real_rows(lambda *_, **__: made, tmp_path, 4, show=False)
+    assert pairs == ["left"] and row["person"] == 1 and row["lost"] == row["identity"] == row["colour"] == 0
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):

@@ -304,6 +304,48 @@ def test_a_second_course_goes_on_exactly_where_it_stopped(tmp_path):
         agree(init, groups, **options, heads=groups, checkpoint=tmp_path / "c.pt")
 
 
+def test_a_second_course_goes_on_with_its_own_people_only(tmp_path):
+    from fantasy_nb.expression import agree, as_bytes
+
+    torch.manual_seed(0)
+    init = ExpressionEncoder(ExpressionConfig(image_size=24, width=16, depth=1, hidden=32, heatmaps=8, readout=2, mouth_embed=0)).eval()
+    groups, others = (as_bytes(torch.rand(3, 2, 3, 24, 24) * 2 - 1) for _ in range(2))
+    options, path = dict(steps=3, batch=4, progress=False, max_minutes=0), tmp_path / "c.pt"
+    agree(init, groups, **options, checkpoint=path)
+    with pytest.raises(ValueError, match="another run.*sums"):
+        agree(init, others, **options, checkpoint=path)
+    with pytest.raises(ValueError, match="another run.*sums"):  # as many people, the first of them the same
+        agree(init, torch.cat([groups[:2], others[2:]]), **options, checkpoint=path)
+    state = torch.load(path)
+    del state["settings"]["sums"]  # a checkpoint from before sums were kept
+    torch.save(state, path)
+    agree(init, groups, **options, checkpoint=path)
+    assert torch.load(path)["step"] == 2
+
+
+def test_other_surfaces_without_augmentation_are_refused(tmp_path, capsys):
+    from fantasy_nb.expression import main, render_bank, train_encoder
+
+    config = ExpressionConfig(image_size=24, width=16, depth=1, hidden=32, heatmaps=8, readout=2, mouth_embed=0)
+    with pytest.raises(ValueError, match="want strength above 0 with texture .* got strength 0.0, texture 0.6"):
+        train_encoder(config, 1, bank=render_bank(2, 24, 0, progress=False), batch=8, strength=0.0, texture=0.6, progress=False)
+    command = ["--run", str(tmp_path / "run"), "--steps", "1", "--blocks", "2", "--strength", "0"]
+    assert main([*command, "--texture", "0.6"]) == 2 and "want --strength above 0 with --texture" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_crop_shakes_by_shares_of_its_side():
+    from fantasy_nb.expression import shake_crop
+
+    size, places = 200, (torch.arange(200) + 0.5) / 200
+    there = torch.stack([places.expand(size, size), places[:, None].expand(size, size)]).expand(400, -1, -1, -1)  # a pixel's own place
+    seen = shake_crop(there, torch.Generator().manual_seed(0), 1.0)
+    middle = seen[:, :, 99:101, 99:101].mean((2, 3)) - 0.5
+    assert 0.006 < middle.std() < 0.0075 and middle.abs().max() < 0.0152  # .75 % of the side, cut off at two deviations
+    half = shake_crop(there, torch.Generator().manual_seed(0), 0.5)[:, :, 99:101, 99:101].mean((2, 3)) - 0.5
+    assert torch.allclose(half, middle / 2, atol=2e-4)
+
+
 def test_heads_are_learned_from_people_who_share_nothing_else():
     from fantasy_nb.expression import Agreement, agree, one_agreement, render_group
 

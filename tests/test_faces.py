@@ -41,6 +41,14 @@ def test_every_identity_factor_shows_on_somebody(name):
     assert (low - high).abs().amax() > 0.03
 
 
+def test_a_loop_over_people_ends():
+    people = Identity.sample(3, 0)
+    assert [len(person) for person in people] == [1, 1, 1] and torch.equal(people[-1].light, people[2].light)
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=f"want one of 3, got {index}"):
+            people[index]
+
+
 def test_groups_cover_all_factors_once():
     names = [n for group in Expression.GROUPS.values() for n in group]
     assert sorted(names) == sorted(Expression.names()) and list(Expression.GROUPS) == ["head", "eyes", "emotion", "mouth"]

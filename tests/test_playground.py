@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import fantasy_nb.playground as playground
-from fantasy_nb.animate import PortraitPipeline, find_people
+from fantasy_nb.animate import Animation, PortraitPipeline, find_people
 from fantasy_nb.core import data_samples, read_image, read_video
 from fantasy_nb.faces import EMOTIONS, Expression
 from fantasy_nb.playground import AnimatePanel, AttentionViewer, BoxCanvas, ExpressionMixer, RegionPainter, jpeg_bytes, keep_uploads, listen_in, mp4_bytes, notice, overheard, paint_mask, word_names
@@ -85,6 +85,18 @@ def test_presets_set_one_emotion():
     assert mixer.picture.value != before
     mixer.preset.value = "neutral"
     assert mixer.picture.value == before
+
+
+def test_a_preset_can_be_chosen_again():
+    mixer = ExpressionMixer(2, height=64)
+    mixer.preset.value = "joy"
+    assert mixer.preset.value == "joy"  # it stays to be seen
+    for change in (lambda: setattr(mixer.who, "value", 1), mixer.rest.click, lambda: setattr(mixer.sliders["joy"], "value", 0.1)):
+        change()
+        joy = [float(m.joy) for m in mixer.moments]
+        assert mixer.preset.value is None  # and goes without moving anybody
+        mixer.preset.value = "joy"
+        assert mixer.moments[mixer.who.value].joy == pytest.approx(0.9) and mixer.moments[0].joy == joy[0]
 
 
 def test_a_recording_is_a_motion(monkeypatch):
@@ -207,6 +219,21 @@ def test_the_viewer_follows_its_sliders(pipeline):
         listen_in(pipeline, data_samples("portrait_one.png"), data_samples("driver_a.mp4"), frame=1000)
 
 
+def test_the_viewer_says_where_no_face_is_seen(pipeline):
+    frames = read_video(data_samples("driver_a.mp4"), 2)[0]
+    frames[1] = 0
+    viewer = AttentionViewer(pipeline, data_samples("portrait_one.png"), (frames, 25.0), steps=1)
+    picture = viewer.picture.value
+    viewer.frame.value = 1
+    said = viewer.said.value
+    assert "frame 1: want a driver with a face" in said and "b42318" in said and viewer.picture.layout.display == "none"
+    viewer.block.value = 2
+    assert viewer.said.value == said  # nothing to look at
+    viewer.block.value = 1
+    viewer.frame.value = 0
+    assert viewer.picture.value == picture and viewer.picture.layout.display is None and "b42318" not in viewer.said.value
+
+
 # --- the panel that animates
 
 
@@ -263,7 +290,7 @@ def test_uploads_of_both_ipywidgets_are_kept(value, tmp_path):
 def test_uploads(panel):
     driver = data_samples("driver_c.mp4").read_bytes()
     panel.add_driver.value = upload("../mine.mp4", driver, "video/mp4")
-    assert panel.rows.children[0].driver.value == "mine.mp4" and panel.drivers["mine.mp4"].parent == playground.Path(panel.folder.name)
+    assert panel.rows.children[0].driver.value == "mine.mp4" and panel.drivers["mine.mp4"].parent.parent == playground.Path(panel.folder.name)
     assert panel.rows.children[1].driver.value == "sample: driver b"  # kept
     panel.add_portrait.value = upload("three.png", data_samples("portrait_three.png").read_bytes(), "image/png")
     assert panel.portrait.value == "three.png" and len(panel.rows.children) == 3
@@ -275,6 +302,19 @@ def test_uploads(panel):
     wall = np.full((64, 64, 3), 128, np.uint8)
     panel.add_portrait.value = upload("wall.jpg", jpeg_bytes(wall), "image/jpeg")
     assert "want a portrait with a face" in panel.said.value and panel.portrait.value == "three.png"
+
+
+def test_uploads_outlive_results_and_refusals(panel):
+    driver = data_samples("driver_c.mp4").read_bytes()
+    panel.add_driver.value = upload("film.mp4", driver, "video/mp4")  # a film that was kept has this name
+    panel.animation = Animation(np.zeros((2, 32, 32, 3), np.uint8), 25.0, [])
+    panel.present(1.0)
+    assert panel.screen.children[1].data and panel.drivers["film.mp4"].read_bytes() == driver
+    panel.add_driver.value = upload("film.mp4", b"just a note", "video/mp4")
+    assert "film.mp4: cannot read it" in panel.said.value and panel.drivers["film.mp4"].read_bytes() == driver
+    for name in ("one", "three"):  # a better file of the same name takes its place
+        panel.add_portrait.value = upload("mine.png", data_samples(f"portrait_{name}.png").read_bytes(), "image/png")
+    assert len(panel.rows.children) == 3
 
 
 def test_a_recording_becomes_a_driver(panel):

@@ -204,6 +204,7 @@ def test_more_owners_than_people_get_one_clear_error(people, surplus):
     (lambda: add_expression(add_expression(tiny_dit(), 8), 8), "already"),
     (lambda: add_expression(tiny_dit(), 8)(torch.zeros(1, 8, 2, 2, 2), torch.zeros(1), expression=torch.zeros(1, 3, 4, 8)), "want expression tokens .* 1 x 2 latent frames, got 3"),
     (lambda: add_expression(tiny_dit(), 8)(torch.zeros(1, 8, 2, 2, 2), torch.zeros(1), expression=torch.zeros(1, 2, 4, 8), expression_mask=torch.ones(1, 2, 9, 4).bool()), "want a mask"),
+    (lambda: add_expression(tiny_dit(), 8)(torch.zeros(1, 8, 2, 2, 2), torch.zeros(1), expression=torch.zeros(1, 2, 4, 8), expression_scale=torch.ones(3)), r"want a scale or one for each of 1 samples, got \(3,\)"),
 ])
 def test_errors_say_what_was_wanted(call, message):
     with pytest.raises(ValueError, match=message):

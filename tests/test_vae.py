@@ -347,6 +347,15 @@ def test_released_statistics_of_the_latents(wan_pair):
     assert list(w.latents_mean) == list(c.latents_mean) and list(w.latents_std) == list(c.latents_std)
 
 
+def test_statistics_that_are_empty_are_0_and_1():
+    vae = VideoVAE(replace(VAEConfig.tiny(), latents_mean=(3.0,) * 48, latents_std=(2.0,) * 48))
+    assert vae.latents_mean.unique().item() == 3 and vae.latents_std.unique().item() == 2
+    vae.set_latent_stats(replace(vae.config, latents_mean=()))
+    assert not vae.latents_mean.any() and vae.latents_std.unique().item() == 2
+    vae.set_latent_stats(replace(vae.config, latents_std=()))
+    assert not vae.latents_mean.any() and vae.latents_std.unique().item() == 1
+
+
 @torch.no_grad()
 def test_equals_diffusers_at_full_width():
     "The wan preset itself, 127 million random parameters, five frames of 16x16."

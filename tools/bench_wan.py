@@ -165,7 +165,7 @@ def hold(dit, mode, device, dtype):
     if mode == "float8":
         as_diffusers(dit).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
         return dit.to(device)
-    if mode == "groups":
+    if mode == "groups":  # by layers, none fetched ahead: what runs is the DiT, not its host (chapter 06)
         as_diffusers(dit).enable_group_offload(device, use_stream=device.type == "cuda")
         return dit
     from accelerate import cpu_offload
