@@ -9,7 +9,7 @@ READY := .venv/.installed
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 S := data_samples
 
-# Two threads on a busy machine waste their time spinning; no bytecode, no telemetry, no browser.
+# Two threads on a busy machine waste their time spinning; lines as they come; Jupyter's usual folders; pip as it is.
 export OMP_WAIT_POLICY ?= passive
 export PYTHONUNBUFFERED ?= 1
 export JUPYTER_PLATFORM_DIRS ?= 1
@@ -78,6 +78,7 @@ lab: $(READY) ## read and run the book in JupyterLab
 	$(BIN)/jupyter lab nbs $$([ "$$(id -u)" = 0 ] && echo --allow-root)
 
 wheel: $(READY) ## dist/fantasy_nb-*.whl, samples and weights inside
+	rm -rf build
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	rm -rf build
 	@ls -l dist

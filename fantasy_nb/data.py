@@ -376,6 +376,7 @@ def curate_job(job: dict) -> dict:  # name, path, out, config -> {"name"}
 def run_jobs(jobs: list[dict], processes: int, ray: bool, show: bool) -> None:
     "Every job once: in this process, in a pool, or on Ray Data (in-process, or on the cluster that RAY_ADDRESS names)."
     if ray:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report its use
         import ray as r
         import ray.data
 

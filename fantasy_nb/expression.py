@@ -441,7 +441,7 @@ def fisher_directions(
     ridge: float = 1e-2,  # share of the mean variance added, against luck
 ) -> Tensor:  # (d count) scaled to unit variance, the best first
     "Directions along which pictures of one value agree, in closed form (Fisher 1936)."
-    z = centre_blocks(z.double())
+    z, label = centre_blocks(z.cpu().double()), label.cpu()  # on the CPU: not every device has float64
     rest = z - value_means(z, label)
     within, total = rest.T @ rest / (len(z) * (COPIES - 1) / COPIES), z.T @ z / len(z)
     between = total - within
@@ -591,8 +591,8 @@ def lay_lines(
 ) -> None:
     "Set each projection to the best line from the hidden features to the new targets: the network need not turn when the directions do."
     for name, layer in projections.items():
-        x = F.pad(hidden[name], (0, 1), value=1.0).double()
-        solution = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]).to(x), x.T @ targets[name][0].double())
+        x = F.pad(hidden[name].cpu(), (0, 1), value=1.0).double()  # on the CPU: not every device has float64
+        solution = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]).to(x), x.T @ targets[name][0].cpu().double())
         layer.weight.data.copy_(solution[:-1].T), layer.bias.data.copy_(solution[-1])
 
 # %% ../nbs/03_expression.ipynb #cell-071
@@ -1211,7 +1211,7 @@ def fit_mirror(
     floor: float = 1e-3,  # directions with less than this share of the largest variance are left alone
 ) -> tuple[Tensor, Tensor, Tensor]:  # R (d d), m (d,), eigenvalues: near 1 even, near -1 odd
     "The linear map nearest to what a mirror does that, done twice, is nothing."
-    a, b = faces.double(), there.double()
+    a, b = faces.cpu().double(), there.cpu().double()  # on the CPU: not every device has float64
     middle = (a.mean(0) + b.mean(0)) / 2
     a, b = a - middle, b - middle
     variances, ways = torch.linalg.eigh((a.T @ a + b.T @ b) / (2 * len(a)))
@@ -1251,7 +1251,7 @@ def fit_crosstalk(
     strength: float = 0.01,  # of the ridge penalty
 ) -> Tensor:  # (d r)
     "How a group of features moves with the others while what it is to say stands still: within groups of people, least squares."
-    y, x = ((z - z.mean(1, keepdim=True)).flatten(0, 1).double() for z in (own, others))
+    y, x = ((z - z.mean(1, keepdim=True)).flatten(0, 1).cpu().double() for z in (own, others))
     return torch.linalg.solve(x.T @ x / len(x) + strength * torch.eye(x.shape[1]).to(x), x.T @ y / len(x)).T.to(own)
 
 # %% ../nbs/03_expression.ipynb #cell-148

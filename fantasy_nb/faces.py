@@ -711,7 +711,8 @@ FACE_PLACE = (0.0, -0.16, 0.62)  # where `render_face` puts the head: x, y and s
 
 
 def matched(identity: Identity, expression: Expression) -> tuple[Identity, Expression]:
-    "As many identities as expressions: one person is repeated, any other mismatch is an error."
+    "As many identities as expressions, and where those are (CPU, GPU): one person is repeated, any other mismatch is an error."
+    identity = identity.to(expression.yaw.device)
     if len(identity) == 1:
         identity = identity.repeat(len(expression))
     if len(identity) != len(expression):
@@ -794,8 +795,8 @@ def render_crops(
     p0, t0 = points.mean(1, keepdim=True), target.mean(0)
     p, t = points - p0, target - t0
     scale = (p * t).sum((1, 2)) / (p * p).sum((1, 2))
-    scale = scale if zoom is None else scale * zoom
-    middle = t0 - scale[:, None] * p0[:, 0] + (0 if shift is None else shift)  # where the head frame's origin falls in the crop
+    scale = scale if zoom is None else scale * zoom.to(scale)
+    middle = t0 - scale[:, None] * p0[:, 0] + (0 if shift is None else shift.to(scale))  # where the head frame's origin falls in the crop
     x, y = ((g + 1) / 2 for g in pixel_grid(size, size, scale.device))
     crops = []
     for part in in_chunks(len(expression), size * size, chunk_budget(scale.device)):

@@ -141,7 +141,7 @@ def time_grid(
 ) -> Tensor:
     "steps + 1 falling times from 1 to 0, shifted."
     if steps < 1: raise ValueError(f"want at least 1 step, got {steps}")
-    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device), shift).float()
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float().to(device)
 
 # %% ../nbs/08_flow.ipynb #cell-033
 def euler(

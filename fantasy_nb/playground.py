@@ -380,7 +380,7 @@ def overheard(dit) -> Iterator[list[Tensor]]:  # filled with (b*t n e), block af
         logits = each @ rearrange(key, "b e k d -> b k d e") / query.shape[-1] ** 0.5
         weights = (logits if guard.bias is None else logits + guard.bias).softmax(-1).mean(1)
         sees = guard.gate.reshape(weights.shape[0], -1, 1) if isinstance(guard.gate, Tensor) else guard.gate
-        kept.append(weights * (sees != 0))
+        kept.append((weights * (sees != 0)).cpu())
         return ExpressionAttention.forward(memory, query, key, value, guard)
 
     for memory in memories:

@@ -175,10 +175,11 @@ def load_into(
     kept: str = KEPT,  # names that match keep their stored precision
     wanted: set | None = None,  # names that must be there; None: all of the model's
     show: bool = False,
+    files: list[Path] = (),  # named where nothing in them fits
 ) -> nn.Module:  # the same, in eval mode
     "Fill a model from files, a tensor at a time. Raises ValueError (`check_shapes`)."
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items() if wanted is None or name in wanted}
-    origin = " and ".join(sorted({str(file.path) for file, _ in where.values()})[:2]) or "no file"
+    origin = " and ".join(sorted({str(file.path) for file, _ in where.values()} or map(str, files))[:2]) or "no file"
     check_shapes({name: file.shapes[stored] for name, (file, stored) in where.items()}, shapes, origin)
     state = {}
     for name, (file, stored) in tqdm(where.items(), desc="reading weights", unit="tensor", disable=not show):
@@ -445,7 +446,7 @@ def load_image_encoder(files: WanFiles, device="cpu", dtype: torch.dtype | None 
         config = config_of(files, "image_encoder")
     model = empty_of(CLIPVisionModel, CLIPVisionConfig(**config))
     before = "vision_model." if any(name.startswith("vision_model.") for name in model.state_dict()) else ""  # transformers 4 has it, 5 has not
-    return load_into(model, {before + name: place for name, place in where.items()}, device, dtype, kept="$^").to(device)
+    return load_into(model, {before + name: place for name, place in where.items()}, device, dtype, kept="$^", files=files.image).to(device)
 
 # %% ../nbs/13_pretrained.ipynb #cell-042
 class Wan(NamedTuple):

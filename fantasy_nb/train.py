@@ -530,8 +530,8 @@ def whole(state: dict) -> dict:
 
 
 def spread_like(state: dict, like: dict) -> dict:
-    "The inverse of `whole`: tensors spread as those of the same name in `like` are."
-    spread = lambda x, y: distribute_tensor(x.to(y.device), y.device_mesh, y.placements) if isinstance(y, DTensor) else x  # noqa: E731
+    "The inverse of `whole`: tensors spread, or at least lying, as those of the same name in `like` are."
+    spread = lambda x, y: distribute_tensor(x.to(y.device), y.device_mesh, y.placements) if isinstance(y, DTensor) else x.to(y.device)  # noqa: E731
     return {name: spread(value, like[name]) for name, value in state.items()}
 
 # %% ../nbs/10_train.ipynb #cell-044
@@ -892,7 +892,7 @@ def add_machine(group) -> None:
     group.add_argument("--processes", type=int, default=1, help="start so many of itself, each with its share of every batch (default: 1)")
     group.add_argument("--threads", type=at_least(1), default=None, help="CPU threads of each process")
     group.add_argument("--max-minutes", type=float, default=math.inf, help="stop a stage, with a checkpoint, after so many minutes of training")
-    group.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly")
+    group.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt, exactly; without it a RUN that has one is refused")
 
 
 def add_run(group) -> None:
@@ -1044,7 +1044,7 @@ def load_animator(args: argparse.Namespace, stage: str, init: Path | None, devic
 
 # %% ../nbs/10_train.ipynb #cell-086
 def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None, out: Path) -> bool:  # was it trained to its last step?
-    "One stage of `STAGES`: fill its cache, train, write the averaged weights into `out`."
+    "One stage of `STAGES`: fill its cache, train, write the averaged weights into `out`. Raises ValueError for a run that has begun, unless it is to go on."
     asked = {name: getattr(args, name) for name in ("steps", "batch", "lr", "decay", "loss", "learn_base", "bf16", "seed", "new_views")}
     (kinds, config), accelerator = STAGES[stage], make_accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -1061,6 +1061,8 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
     )
     torch.manual_seed(config.seed)
     animator = load_animator(args, stage, init, device)
+    if (run / "checkpoint.pt").exists() and not args.resume:
+        raise ValueError(f"want --resume to go on with {run}, or another --run: {run / 'checkpoint.pt'} is there")
     token = 8 * animator.dit.config.patch[1]
     folders = fill_caches(args, kinds, cache, vae, encoder, token, device, rank, world)
     accelerator.wait_for_everyone()

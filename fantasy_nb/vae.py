@@ -67,10 +67,10 @@ def neighbours(z: Tensor) -> Tensor:
 
 
 def gram(rows: Iterable[tuple[Tensor, Tensor | None, Tensor]]) -> Tensor:
-    "Weighted mean of x^T y over (x, y or None for x, weight), summed in float64."
+    "Weighted mean of x^T y over (x, y or None for x, weight), summed in float64, on the CPU (not every device has float64)."
     total, count = 0.0, 0.0
     for x, y, w in rows:
-        total = total + ((w * x).T @ (x if y is None else y)).double()
+        total = total + ((w * x).T @ (x if y is None else y)).cpu().double()
         count += w.sum().item()
     return total / count
 

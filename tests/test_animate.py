@@ -142,16 +142,16 @@ def wrong(tmp_path):
     ([ONE, "--drive", "{}/text.mp4"], "text.mp4"),
     ([ONE, "--drive", "{}/empty.mp4"], "empty.mp4"),
     (["{}/wall.png", "--drive", DRIVERS[0]], "face"),
-    ([ONE, "--drive", "{}/faceless.mp4"], "face"),
+    ([ONE, "--drive", "{}/faceless.mp4"], "want a driver with a face"),
     ([ONE, "--drive", DRIVERS[0], "--drive", DRIVERS[1]], "got 2"),
     ([PORTRAIT, "--drive", DRIVERS[0], "--assign", "3"], "assign"),
     ([ONE, "--drive", DRIVERS[0], "--frames", "0"], "frames=0"),
     ([ONE, "--drive", DRIVERS[0], "--weights", "huge"], "huge"),
-    ([ONE, "--drive", DRIVERS[0], "-o", "{}/folder.mp4"], "folder"),
+    ([ONE, "--drive", DRIVERS[0], "-o", "{}/folder.mp4"], "got the folder"),
     ([ONE, "--drive", DRIVERS[0], "-o", "{}/film.xyz"], ".mp4"),
     ([ONE, "--drive", DRIVERS[0], "-o", "/proc/nothing/film.mp4"], "/proc/nothing"),
     (["{}/text.mp4", "--drive", DRIVERS[0]], "text.mp4"),
-    (["{}/folder.mp4", "--drive", DRIVERS[0]], "folder.mp4"),
+    (["{}/folder.mp4", "--drive", DRIVERS[0]], "a folder"),
     (["{}/empty.mp4", "--drive", DRIVERS[0]], "empty.mp4"),
     ([PORTRAIT, "--drive", DRIVERS[0], "--drive", DRIVERS[1], "--assign", "1", "1"], "different person"),
     ([PORTRAIT, "--drive", DRIVERS[0], "--assign", "1", "2"], "different person"),
@@ -375,7 +375,7 @@ def test_both_ways_of_making_a_film_have_its_length_and_differ(pipeline):
     films = [pipeline(PORTRAIT, DRIVERS, frames=6, draws=1, window=window, show=False).frames for window in (0, 2)]
     assert films[0].shape == films[1].shape and len(films[0]) == 6 and not np.array_equal(*films)
     with pytest.raises(ValueError, match="window larger than its overlap"):
-        pipeline(PORTRAIT, DRIVERS, frames=6, window=1, show=False)
+        PipelineConfig(window=1, overlap=1)
 
 
 def test_people_have_names_and_strengths_of_their_own(pipeline):

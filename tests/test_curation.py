@@ -1,6 +1,8 @@
 "Curation of raw footage (chapter 09): shots, measures, verdicts, resume, pool and Ray, and the clips it leaves."
 import json
+import os
 import shutil
+import sys
 from dataclasses import asdict, replace
 
 import cv2
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from fantasy_nb.core import read_video, write_video
 from fantasy_nb.data import (
-    ClipConfig, ClipFolder, CurationConfig, SceneClips, collate, count_verdicts, curate, cut_view, find_shots, find_videos, frame_people, laplacian_sharpness, main, why_not,
+    ClipConfig, ClipFolder, CurationConfig, SceneClips, collate, count_verdicts, curate, cut_view, find_shots, find_videos, frame_people, laplacian_sharpness, main, run_jobs, why_not,
 )  # fmt: skip
 from fantasy_nb.faces import Scene, random_motion, render_scene
 from fantasy_nb.tracking import FaceTrack
@@ -142,9 +144,10 @@ def read_manifest(folder):
     return [row | {"source": row["source"].split("/")[-1]} for row in pyarrow.parquet.read_table(folder / "manifest.parquet").to_pylist()]
 
 
-def test_pool_and_ray_write_the_same_manifest(rushes, tmp_path):
+def test_pool_and_ray_write_the_same_manifest(rushes, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     curate(rushes, tmp_path / "pool", processes=2, show=False)
+    monkeypatch.setattr("fantasy_nb.data.in_processes", None)  # the pool is not asked
     curate(rushes, tmp_path / "ray", processes=2, ray=True, show=False)
     assert read_manifest(tmp_path / "pool") == read_manifest(tmp_path / "ray") and len(read_manifest(tmp_path / "pool")) == 5
     for path in (tmp_path / "pool" / "tracks").iterdir():
@@ -176,7 +179,20 @@ def test_curated_clips_are_learned_from(curated, tmp_path, capsys):
     arguments = ["--run", str(tmp_path), "--data", str(folder), "--clips", "0", "--steps", "1", "--batch", "1", "--threads", "1", "--samples", "0"]
     assert main(["--stage", "clips", *arguments]) == 0 and "1 of 1 steps" in capsys.readouterr().out
     assert len(LatentClips(tmp_path / "cache" / "data")) == 2 * len(ClipFolder(folder))  # and their mirror images
-    assert main(["--stage", "stills", *arguments]) == 2 and "--data" in capsys.readouterr().err
+    assert main(["--stage", "stills", *arguments, "--run", str(tmp_path / "other")]) == 2 and "--data" in capsys.readouterr().err
+
+
+def test_ray_is_not_to_report_its_use(monkeypatch):
+    from types import ModuleType
+
+    told = []
+    for name in ("ray", "ray.data"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["ray"].init = lambda **options: told.append(os.environ.get("RAY_USAGE_STATS_ENABLED"))
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    with pytest.raises(AttributeError):  # there is no more of Ray here
+        run_jobs([{}], 1, True, False)
+    assert told == ["0"]
 
 
 def test_folder_errors(tmp_path, curated):

@@ -214,21 +214,27 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(cache, tmp_path, k
     "No file may grow beyond a limit: as a full disk would, it stops the cache (40 KB) or the checkpoint (2 MB)."
     run = tmp_path / "run"
     run.mkdir()
-    (run / "checkpoint.pt").write_bytes(b"an old one")
     (tmp_path / "cache").mkdir()
     if kilobytes > 40:
         (tmp_path / "cache" / "clips").symlink_to(cache)
     script = f"""
 import resource, signal, sys
-from fantasy_nb.train import main
+from pathlib import Path
+import fantasy_nb.train as t
+
+def begin(*arguments, learn=t.train, **named):
+    Path({str(run / "checkpoint.pt")!r}).write_bytes(b"an old one")
+    return learn(*arguments, **named)
+
+t.train = begin
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes} * 1024,) * 2)
-sys.exit(main(["--stage", "clips", "--run", {str(run)!r}, "--cache", {str(tmp_path / "cache")!r}, "--clips", "{1 if kilobytes == 40 else 0}", "--steps", "1", "--batch", "1", "--threads", "1", "--samples", "0"]))
+sys.exit(t.main(["--stage", "clips", "--run", {str(run)!r}, "--cache", {str(tmp_path / "cache")!r}, "--clips", "{1 if kilobytes == 40 else 0}", "--steps", "1", "--batch", "1", "--threads", "1", "--samples", "0"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith("fantasy-train: cannot write"), done.stderr
-    assert (run / "checkpoint.pt").read_bytes() == b"an old one"
+    assert kilobytes == 40 or (run / "checkpoint.pt").read_bytes() == b"an old one"
     assert not [p for p in tmp_path.rglob("*") if "part" in p.name]
 
 
@@ -318,6 +324,9 @@ def test_command_end_to_end(tmp_path, cache, capsys):
     shipped = ExpressionEncoder.from_pretrained(data_samples("weights", "tiny", "encoder")).state_dict()
     assert all(torch.equal(value, shipped[name]) for name, value in ready.encoder.state_dict().items())
     assert main([*arguments[:4], "--cache", str(cache), "--clips", "0"]) == 2 and "one folder down" in capsys.readouterr().err
+    logged = (tmp_path / "run" / "log.csv").read_text()
+    assert main(arguments) == 2 and f"want --resume to go on with {tmp_path / 'run'}, or another --run" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "weights").exists() and (tmp_path / "run" / "log.csv").read_text() == logged
     assert main(["--parts", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run2")]) == 2
     assert "no config.json" in capsys.readouterr().err
 
@@ -329,7 +338,7 @@ def test_mirrored_clip_moves_boxes_and_drivers_along():
     assert torch.equal(other.boxes[..., 0], width - clip.boxes[..., 2]) and (other.boxes[..., 2] > other.boxes[..., 0]).all()
     plain, seen = clip.frames.flip(-1).float().flatten(2).flatten(0, 1), other.frames.float().flatten(2).flatten(0, 1)
     r = [torch.corrcoef(torch.stack([a, b]))[0, 1].item() for a, b in zip(plain, seen)]
-    assert min(r) > 0.9, r  # the same picture, another lamp
+    assert min(r) > 0.9 and not torch.equal(other.frames, clip.frames.flip(-1)), r  # the same picture, another lamp
 
 
 def test_whole_clips_show_faces_of_the_same_size_with_more_around():
@@ -437,6 +446,13 @@ torch.save(whole(ema.shadow), here / f"rank{{rank}}.pt")
     alone = small_animator(3)
     train(alone, LatentClips(cache), SMALL, tmp_path / "run", resume=True, show=False)
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == SMALL.steps
+    assert [int(row["step"]) for row in csv.DictReader(open(tmp_path / "run" / "log.csv"))] == list(range(SMALL.steps))  # none was done twice
+
+
+def test_a_checkpoint_goes_back_to_where_the_run_is():
+    "Read on the CPU, its average must lie where the weights do (a GPU's stand-in: the meta device)."
+    there = train_module.spread_like({"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2, device="meta"), "b": torch.ones(3)})
+    assert {name: value.device.type for name, value in there.items()} == {"a": "meta", "b": "cpu"}
 
 
 @pytest.mark.parametrize("options", [{"learn_base": 0.0}, {"learn_expression": 0.0, "drop_expression": 1.0}])
@@ -489,13 +505,17 @@ def test_image_and_text_are_dropped_independently_of_the_expression(cache):
     kept = torch.stack([x.bool() for x in seen[0]])
     assert ((kept.sum(1) > 16) & (kept.sum(1) < 48)).all()
     assert len({tuple(row) for row in kept.T.tolist()}) == 8  # every combination occurs
-    one = {k: v[:1] for k, v in batch.items()}
-    arguments = one["latents"], torch.tensor([0.7]), one["latents"][:, :, :1], one["features"], one["owners"], 1.0, False
+    torch.nn.init.normal_(animator.dit.head.head.weight)  # zero at first: it would answer 0 whatever it is shown
+    one, other = {k: v[:1] for k, v in batch.items()}, torch.randn(1, 48, 1, 8, 16)
+
+    def answer(portrait, image_scale):
+        arguments = one["latents"], torch.tensor([0.7]), portrait, one["features"], one["owners"], 1.0, False, torch.tensor([image_scale]), one["text"]
+        return animator(*arguments)
+
+    own = one["latents"][:, :, :1]
     with torch.no_grad():
-        for other in ({"portrait": torch.randn(1, 48, 1, 8, 16)}, {}):
-            shown = (arguments[0], arguments[1], other.get("portrait", arguments[2]), *arguments[3:])
-            blind = animator(*shown, torch.zeros(1), one["text"])
-            assert not other or torch.equal(blind, animator(*arguments, torch.zeros(1), one["text"]))  # without its portrait, another one changes nothing
+        assert torch.equal(answer(other, 0.0), answer(own, 0.0))
+        assert ((answer(other, 1.0) - other) - (answer(own, 1.0) - own)).abs().max() > 1e-2
 
 
 def stills_config(**options):
@@ -620,27 +640,32 @@ def test_stages_follow_one_another(tmp_path, capsys):
 
 
 def test_a_cache_says_what_it_is_made_of(tmp_path, capsys):
-    arguments = ["--stage", "stills", "--run", str(tmp_path), "--steps", "1", "--batch", "1", "--threads", "1", "--samples", "0"]
-    assert main([*arguments, "--clips", "1"]) == 0
+    runs = (str(tmp_path / f"run-{k}") for k in range(9))
+
+    def begin(*more):  # another run, the same cache
+        return main(["--stage", "stills", "--run", next(runs), "--cache", str(tmp_path / "cache"), "--steps", "1", "--batch", "1", "--threads", "1", "--samples", "0", *more])
+
+    assert begin("--clips", "1") == 0
     stamp = tmp_path / "cache" / "stills" / "made-of.json"
     assert json.loads(stamp.read_text())["height"] == 64
-    assert main([*arguments, "--clips", "2", "--seed", "1"]) == 0  # more of the same
+    assert begin("--clips", "2", "--seed", "1") == 0  # more of the same
     stamp.write_text(stamp.read_text().replace('"encoder": "', '"encoder": "0'))
     for clips in ("2", "0"):
-        assert main([*arguments, "--clips", clips]) == 2
+        assert begin("--clips", clips) == 2
         said = capsys.readouterr().err.splitlines()
         assert len([line for line in said if line.startswith("fantasy-train:")]) == 1 and "'encoder'" in said[-1] and "something else" in said[-1]
     stamp.unlink()
-    assert main([*arguments, "--clips", "2"]) == 2 and "made-of.json" in capsys.readouterr().err
-    assert main([*arguments, "--clips", "0"]) == 0  # whoever draws nothing takes what is there
+    assert begin("--clips", "2") == 2 and "made-of.json" in capsys.readouterr().err
+    assert begin("--clips", "0") == 0  # whoever draws nothing takes what is there
 
 
 def test_small_pictures_come_first_where_there_are_some(tmp_path, capsys, monkeypatch):
     assert main(["--stage", "small", "--run", str(tmp_path / "none")]) == 2 and "tiny" in capsys.readouterr().err
-    monkeypatch.setattr(train_module, "run_stage", lambda args, stage, *rest: ran.append(stage) or True)
+    monkeypatch.setattr(train_module, "run_stage", lambda args, stage, run, init, out: ran.append((stage, init, out)) or True)
     for config, want in (("tiny", ["stills", "clips", "mixed"]), ("mini", ["small", "stills", "clips", "mixed"])):
         ran = []
-        assert main(["--config", config, "--run", str(tmp_path / config)]) == 0 and ran == want
+        assert main(["--config", config, "--run", str(tmp_path / config)]) == 0 and [stage for stage, *_ in ran] == want
+        assert [init for _, init, _ in ran] == [None, *(out for *_, out in ran[:-1])]  # each goes on from the weights before
 
 
 def test_mini_learns_from_small_pictures_and_animates(tmp_path):
@@ -668,6 +693,15 @@ def test_all_stages_in_one_command(tmp_path, capsys, monkeypatch):
     assert main(["--run", str(tmp_path), "--steps", "3"]) == 2 and "--steps" in capsys.readouterr().err
 
 
+def test_the_bench_takes_any_batch(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    import bench_train
+
+    monkeypatch.setattr(bench_train, "matmul_rate", lambda dtype, device: 1e9)
+    monkeypatch.setattr(Animator, "tiny", classmethod(lambda cls: small_animator()))
+    assert bench_train.measure(["--batch", "17", "--steps", "1"]) == 0 and "batch 17" in capsys.readouterr().out  # of sixteen clips
+
+
 def test_an_animator_hears_a_new_encoder_as_it_heard_the_old_one(monkeypatch):
     "The old encoder's features are a linear function of the new one's here, so nothing may be lost."
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
@@ -681,9 +715,11 @@ def test_an_animator_hears_a_new_encoder_as_it_heard_the_old_one(monkeypatch):
             layer = last_layer(old, name)
             mixed = torch.randn(width, width) / width**0.5
             layer.weight.copy_(mixed @ layer.weight), layer.bias.copy_(mixed @ layer.bias)
+            torch.nn.init.normal_(tokens.origin[name].weight)  # not the zeros of the start
         crops = render_crops(Identity.sample(8, seed=1), Expression.sample(8, seed=2), 96, closer=new.config.closer)
-        before, deaf = tokens(old(crops), place=False), tokens(new(crops), place=False)
+        listen = lambda encoder: tokens(encoder(crops), place=False, origin=encoder(crops[:1]).pack()[0])  # noqa: E731
+        before, deaf = listen(old), listen(new)
         shares = hear_anew(tokens, new, old, count=120, ridge=1e-12)
-        after = tokens(new(crops), place=False)
+        after = listen(new)
     assert min(shares.values()) > 0.99
     assert (after - before).square().mean() < 0.02 * (deaf - before).square().mean()

@@ -3,7 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fantasy_nb.faces import (CROP_TEMPLATE, EMOTIONS, Expression, Identity, Scene, crop_template, face_landmarks, five_points_3d, mask_boxes,
+from fantasy_nb.core import default_device
+from fantasy_nb.faces import (CROP_TEMPLATE, EMOTIONS, Expression, Identity, Scene, crop_template, face_landmarks, mask_boxes,
                               paint_background, pixel_grid, random_motion, render_crops, render_face, render_scene)
 
 
@@ -63,12 +64,17 @@ def test_sampled_factors_are_independent_and_emotions_exclusive():
 
 
 def test_crops_put_the_five_points_on_the_template():
-    people, moods = Identity.sample(20, 3), Expression.sample(20, 4)
-    p = five_points_3d(people, moods)[..., :2]
-    a, b = p - p.mean(1, keepdim=True), CROP_TEMPLATE - CROP_TEMPLATE.mean(0)
-    scale = (a * b).sum((1, 2)) / a.square().sum((1, 2))
-    assert (scale > 0).all()
-    straight = Expression.neutral(20)
+    people, straight = Identity.sample(20, 3), Expression.neutral(20)
+    points, t = face_landmarks(people, straight), CROP_TEMPLATE - CROP_TEMPLATE.mean(0)
+    p = points - points.mean(1, keepdim=True)
+    scale = (p * t).sum((1, 2)) / p.square().sum((1, 2))
+    place = (torch.arange(192) + 0.5) / 192
+    grid = torch.stack([place.expand(192, 192), place[:, None].expand(192, 192)], -1)
+    back = (grid - CROP_TEMPLATE.mean(0)) / scale[:, None, None, None] + points.mean(1)[:, None, None]
+    seen = F.grid_sample(render_face(people, straight, 256), back * 2 - 1, align_corners=False) * 2 - 1
+    large, middle = render_crops(people, straight, 192), (..., slice(32, 128), slice(48, 144))
+    off = lambda crops: (crops - seen)[middle].abs().mean()
+    assert off(large) < 0.25 * min(off(large.roll(s, d)) for s in (-4, 4) for d in (-2, -1))
     crops = render_crops(people, straight, 64)
     assert crops.shape == (20, 3, 64, 64) and crops.min() >= -1 and crops.max() <= 1
     wide = render_crops(people, straight, 64, zoom=torch.full((20,), 1.2))
@@ -137,8 +143,10 @@ def test_wrong_calls_say_what_was_wanted(call):
 
 
 def test_gradients_are_off_and_devices_follow_the_input():
-    out = render_face(Identity.sample(1, 0), Expression.neutral(1), 32)
-    assert not out.requires_grad and out.device.type == "cpu"
+    device = default_device()
+    moods = Expression.neutral(1, yaw=torch.zeros(1, requires_grad=True)).to(device)
+    out = render_face(Identity.sample(1, 0).to(device), moods, 32)
+    assert not out.requires_grad and out.device.type == device.type
 
 
 def test_mediapipe_finds_people_and_nobody_else():
@@ -147,3 +155,17 @@ def test_mediapipe_finds_people_and_nobody_else():
     assert np.mean([len(track_faces(p[None], 2)) == 1 for p in crowd]) >= 0.98
     walls = paint_background(Identity.sample(10, 9), *pixel_grid(256, 256))
     assert not any(track_faces(p[None], 2) for p in walls)
+
+
+def test_drawing_stays_on_one_device(monkeypatch):
+    "A GPU's stand-in: operations that mix the meta device with the CPU are refused there as well."
+    import torch.fx.experimental._config as fx
+
+    monkeypatch.setattr(fx, "meta_nonzero_assume_all_nonzero", True)
+    moods, people = Expression.sample(2, 0).to("meta"), Identity.sample(1, 0)
+    with pytest.raises(RuntimeError, match="not on the expected device"):
+        moods.yaw + torch.zeros(2)
+    for pictures in (render_face(people, moods, 16), render_crops(people, moods, 16, torch.zeros(2, 2), torch.ones(2))):
+        assert pictures.device.type == "meta" and pictures.shape == (2, 3, 16, 16)
+    frames, boxes, owners = render_scene(Scene.sample(2, 0), [moods, moods], (32, 64))
+    assert {x.device.type for x in (frames, boxes, owners)} == {"meta"}

@@ -240,8 +240,9 @@ def test_pickled_parts_are_checked_too(broken, part):
             load_wan(broken, show=False)
         assert str(path) in one_line(error)
     torch.save({"state": {"of": {"another": torch.zeros(3)}}}, path)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="does not hold") as error:
         load_wan(broken, show=False)
+    assert str(path) in one_line(error)
 
 
 class Trap:
@@ -538,7 +539,10 @@ def test_the_bench_runs_and_refuses_what_differs(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setitem(bench_wan.SIZES, "small", (DiTConfig(width=128, ffn=256, heads=1, layers=2, text_width=16, image_width=16), (2, 2, 3), 8))
     monkeypatch.setattr(sys, "argv", ["bench_wan", "--repeats", "1", "--memory", "--out", str(tmp_path / "x.json")])
+    texts, count = [], bench_wan.dit_flops
+    monkeypatch.setattr(bench_wan, "dit_flops", lambda config, grid, text, *rest: texts.append(text) or count(config, grid, text, *rest))
     bench_wan.main()
+    assert texts == [512, 512, 2]  # text keys: the others carry the zeros along
     said = json.loads((tmp_path / "x.json").read_text())
     assert [row["what"] for row in said["forwards"]] == ["the released loop", "diffusers, without expression", "ours"] and len(said["memory"]) == 4
     assert all(row["share"] > 0 for row in said["forwards"]) and "| ours |" in capsys.readouterr().out

@@ -1,9 +1,12 @@
 """Train chapter 12's ablations: `python tools/ablate.py [--out runs/ablate] [--seeds 0 1 2] [--steps 500]` writes OUT/NAME-SEED, goes on where it was stopped, and says how to judge them.
 
-All start from one base, whose expression memory and tokens begin anew; everything else is frozen. The scenes are drawn and encoded once (OUT/cache: MediaPipe finds the drivers' landmarks there, too)."""
+All start from one base, whose expression memory and tokens begin anew; everything else is frozen. The scenes are drawn and encoded once (OUT/cache: MediaPipe finds the drivers' landmarks there, too).
+OUT/made-of.json says what OUT is made of: another base, other scenes or steps want another OUT."""
 
 import argparse
 import csv
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from fantasy_nb.core import data_samples, tile_frames
 from fantasy_nb.data import SceneClips
 from fantasy_nb.exprbench import ABLATIONS, RULES, Benchmark, Studio, encode_both, train_ablation
 from fantasy_nb.expression import ExpressionEncoder
-from fantasy_nb.train import PICTURES, encode_clips
+from fantasy_nb.train import PICTURES, Animator, as_heard, encode_clips, fingerprint, stamp_cache
 from fantasy_nb.vae import VideoVAE
 
 
@@ -47,7 +50,13 @@ def main():
         print(picture(args.out, args.names, args.seeds[0]))
         return
     vae, encoder = VideoVAE.from_pretrained(args.base / "vae").eval(), ExpressionEncoder.from_pretrained(args.base / "encoder").eval()
-    encode_clips(SceneClips(PICTURES["tiny"]["stills"][0]), args.scenes, args.out / "cache", vae, encoder, encode_both)
+    pictures = as_heard(PICTURES["tiny"]["stills"][0], encoder)
+    parts = {"vae": vae, "encoder": encoder, "base": Animator.from_pretrained(args.base)}
+    try:
+        stamp_cache(args.out, asdict(pictures) | {name: fingerprint(part) for name, part in parts.items()} | {"scenes": args.scenes, "steps": args.steps})
+    except ValueError as error:
+        sys.exit(f"ablate: {error}".replace("--cache", "--out"))
+    encode_clips(SceneClips(pictures), args.scenes, args.out / "cache", vae, encoder, encode_both)
     for seed in args.seeds:
         for name in args.names:
             out = args.out / f"{name}-{seed}"
@@ -56,7 +65,7 @@ def main():
             last = [float(row["loss"]) for row in csv.DictReader(open(out / "log.csv"))][-50:]
             print(f"{name}, seed {seed}: loss of the last 50 steps {sum(last) / len(last):.4f}, weights in {out}", flush=True)
     weights = " ".join(f"{name}={args.out}/{name}-{{seed}}" for name in args.names)
-    print(f"fantasy-bench --clips 10 --methods {','.join(args.names)},still,vae --weights {weights}")
+    print(f"fantasy-bench --clips 10 --seeds {' '.join(map(str, args.seeds))} --methods {','.join(args.names)},still,vae --weights default={args.base} {weights}")
 
 
 if __name__ == "__main__":

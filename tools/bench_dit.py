@@ -170,7 +170,7 @@ def main():
         for compiled in (False, True) if cuda else (False,):
             seconds, memory, error = compare(size, args.steps, args.repeats, device, dtype, compiled)
             report(size, seconds, memory, error, "compiled" if compiled else "eager")
-            apart += error > AGREE[dtype]
+            apart += not error <= AGREE[dtype]  # nan differs, too
     return f"{apart} comparisons differ by more than {AGREE[dtype]:.0e}" if apart else 0
 
 

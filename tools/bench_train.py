@@ -57,7 +57,7 @@ def measure(arguments: list[str]) -> int:
         random_cache(Path(folder), args.config, args.kind, 8 * animator.dit.config.patch[1])
         clips = LatentClips(Path(folder))
     rate = matmul_rate(torch.bfloat16 if args.bf16 else torch.float32, device)
-    batch = {name: value.to(device) for name, value in clips.stack(list(range(args.batch // world))).items()}
+    batch = {name: value.to(device) for name, value in clips.stack([k % len(clips) for k in range(args.batch // world)]).items()}
     with FlopCounterMode(display=False) as counter:
         animator_loss(animator, batch, config, step_generator(0, 0)).loss.backward()
     times = []

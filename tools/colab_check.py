@@ -3,7 +3,8 @@
 A fresh environment gets Python 3.12 and what Colab has (tools/colab-versions.txt: NumPy 2, ipywidgets 7, IPython 7), and nothing of ours. Then
 each notebook runs in an empty folder of its own, with nothing beside it but the wheel: the first one's own first cell installs it, as on Colab.
 What that cell changed of Colab's is listed; anything but protobuf (MediaPipe's) is a fault, for Colab would ask for a restart.
-Prints a line for each chapter, goes on after a failure, and ends with 1 where there was one. An environment kept with --env is put back first.
+Prints a line for each chapter, goes on after a failure, and ends with 1 where there was one. An environment kept with --env gets Colab's versions back first and loses fantasy_nb
+and mediapipe; what else an earlier run installed stays in it.
 What it cannot say: whether Colab's own page shows the widgets."""
 
 import argparse
@@ -44,7 +45,7 @@ def find_python(asked: str | None) -> str:
 
 
 def make_environment(folder: Path, python: str) -> Path:  # its interpreter
-    "Colab's packages in a virtual environment, and none of ours: one that is there is put back to this."
+    "Colab's packages in a virtual environment; in one that is there they get their versions back, and fantasy_nb and mediapipe go."
     own = folder / "bin" / "python"
     if not own.exists():
         subprocess.run([python, "-m", "venv", str(folder)], check=True)
@@ -74,7 +75,7 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NN", help="chapters by number (default: all)")
     parser.add_argument("--python", help="a Python 3.12 (default: python3.12, or pyenv's)")
-    parser.add_argument("--env", type=Path, help="keep the environment here, and use it again")
+    parser.add_argument("--env", type=lambda text: Path(text).absolute(), help="keep the environment here, and use it again")
     args = parser.parse_args(arguments)
     chapters = [path for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")) if not args.only or path.name[:2] in args.only]
     with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +84,7 @@ def main(arguments=None) -> int:
         except FileNotFoundError as error:
             print(f"colab-check: {error}", file=sys.stderr)
             return 2
+        shutil.rmtree(ROOT / "build", ignore_errors=True)  # files deleted since would enter the wheel
         subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, str(ROOT)], check=True)
         wheel = next(Path(folder).glob("*.whl"))
         python = make_environment(args.env or Path(folder) / "env", python)

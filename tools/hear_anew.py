@@ -1,7 +1,7 @@
 """A new encoder for an animator that knows an old one: `python tools/hear_anew.py WEIGHTS NEW OUT`
 
-An animator understands the features it was taught with and no others. What it makes of them begins with matrices (chapter 04: one for each group's linear token, one in front of each
-resampler), so a new encoder can be put in front of them: fit, by ridge regression on drawn people, old features = M new features + c, and multiply M and c into those matrices. The animator
+An animator understands the features it was taught with and no others. What it makes of them begins with matrices (chapter 04: one for each group's linear token, one for the origin that is
+added to it, one in front of each resampler), so a new encoder can be put in front of them: fit, by ridge regression on drawn people, old features = M new features + c, and multiply M and c into those matrices. The animator
 then hears what it heard before, as nearly as the new features tell it, and `fantasy-train --init OUT --encoder NEW` teaches it to hear the rest. Writes dit/ and tokens/ into OUT; prints how
 much of the old features' variance the new ones tell on faces that were not used."""
 
@@ -42,9 +42,11 @@ def hear_anew(tokens: ExpressionTokens, new: ExpressionEncoder, old: ExpressionE
     people, moments, shares = Identity.sample(count, seed=77_001), Expression.sample(count, seed=77_002), {}
     said, meant = (features_of(encoder, people, moments) for encoder in (new, old))
     for name in GROUPS:
-        x, y, linear = getattr(said, name), getattr(meant, name), tokens.linear[name]
+        x, y = getattr(said, name), getattr(meant, name)
         matrix, _, shares[name] = fit_map(x, y, ridge, constant=False)  # a linear token has no bias that could take c
-        linear.weight.copy_(linear.weight @ matrix)
+        for layers in (tokens.linear, tokens.origin):
+            if layers is not None:
+                layers[name].weight.copy_(layers[name].weight @ matrix)
         if name in tokens.resamplers:
             matrix, constant, shares[name] = fit_map(x, y, ridge)
             first = tokens.resamplers[name].proj_in

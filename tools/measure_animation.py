@@ -7,7 +7,7 @@ Parts (`--parts`, default all but painter and ears):
   ears       is it the ear or the hand? PSNR as in pictures, with each driver's features as heard, and as the mean of sixteen drivers' who do the same
   steps      PSNR and seconds against solver steps, guidance, its interval, draws, looks
   long       200 frames: background, identity (face shape and colour, against other people's) over time; as recommended, in windows, and naively chained
-  real       real drivers (../shared/real) on drawn portraits: r of what MediaPipe reads in the driver with what it reads in the film; films, and contact sheets that show the driver, into --out
+  real       real drivers (shared/real beside the repository) on drawn portraits: r of what MediaPipe reads in the driver with what it reads in the film; films, and contact sheets that show the driver, into --out
   time       seconds, peak memory and the share spent outside of the DiT, 16 frames of one and of two people
 
 Scenes come from `SceneClips` under a seed that training does not use; features from drivers drawn and cropped as the tracker would; films as the weights recommend (pipeline.json)."""
@@ -34,6 +34,7 @@ from fantasy_nb.expression import ExpressionEncoder, Features, fit_ruler
 from fantasy_nb.faces import EMOTIONS, Expression, Identity, Scene, random_motion, render_crops, render_scene
 from fantasy_nb.tracking import align_crop, head_pose, measure_expression, track_faces
 
+REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 SEED = 424_242  # of scenes; training uses 0 and 1, its sample sheets 999
 FACTORS = {"yaw": "head", "pitch": "head", "roll": "head", "mouth_open": "mouth", "smile": "mouth", "blink": "eyes", "gaze_x": "eyes"}
 
@@ -117,7 +118,7 @@ def pictures_and_following(weights: Weights, counts: dict[int, int], frames: int
                                 seen[reader, name, factor, "own" if i == j else "other"].append((curve - curve.mean(), value - value.mean()))
         mean = np.mean(rows, 0)
         share = lambda row: (row[1] - row[0]) / (row[2] - row[0])  # noqa: E731
-        print(f"\n{weights.name}, {people} people, {count} clips of {frames - 1} frames, PSNR: portrait held {mean[0]:.2f}, film {mean[1]:.2f}, VAE {mean[2]:.2f} dB: {share(mean[:3]):.0%} of the way; in faces {mean[3]:.2f}, {mean[4]:.2f}, {mean[5]:.2f} dB: {share(mean[3:]):.0%}; frames of lost films: {lost} of {count}")
+        print(f"\n{weights.name}, {people} people, {count} clips of {frames - 1} frames, PSNR: portrait held {mean[0]:.2f}, film {mean[1]:.2f}, VAE {mean[2]:.2f} dB: {share(mean[:3]):.0%} of the way; in faces {mean[3]:.2f}, {mean[4]:.2f}, {mean[5]:.2f} dB: {share(mean[3:]):.0%}" + (f"; films in which somebody was lost: {lost} of {count}" if "following" in parts else ""))
         if seen:
             print_following(seen, people)
 
@@ -372,14 +373,16 @@ def real(weights: Weights, folder: Path, out: Path | None) -> None:
 # time and memory
 
 
-def time_one(name: str, people: int, device: str) -> None:
+def time_one(name: str, people: int, device: str, changed: dict) -> None:
     "In a process of its own: print seconds, the DiT's share, peak memory."
     began = time.perf_counter()
     pipeline = PortraitPipeline.from_pretrained(name, device)
+    pipeline.settings = replace(pipeline.settings, **changed)
     loaded, inside = time.perf_counter() - began, [0.0]
     forward = pipeline.animator.dit.forward
 
     def timed(*args, **kwargs):
+        torch.cuda.synchronize() if device != "cpu" else None  # what was asked of the encoder and VAE before is not the DiT's
         start = time.perf_counter()
         answer = forward(*args, **kwargs)
         torch.cuda.synchronize() if device != "cpu" else None
@@ -406,7 +409,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=parts, default=[part for part in parts if part not in ("painter", "ears")])
     parser.add_argument("--clips", type=int, nargs=3, default=[64, 32, 16], metavar="N", help="clips of one, two, three people (default: 64 32 16)")
     parser.add_argument("--frames", type=int, default=49, help="of these clips, 4n+1 (default: 49)")
-    parser.add_argument("--real", type=Path, default=Path("../shared/real"), help="folder with biden.mp4 and two_person.mp4")
+    parser.add_argument("--real", type=Path, help="folder with biden.mp4 and two_person.mp4 (default: shared/real beside the repository)")
     parser.add_argument("--out", type=Path, help="folder for contact sheets and films")
     parser.add_argument("--set", type=json.loads, default={}, metavar="JSON", help='settings to change, e.g. \'{"draws": 1}\'')
     parser.add_argument("--reader", type=Path, help="folder of the encoder that reads the films (default: the one that each of --weights listens to; name one to compare weights that listen to different ones)")
@@ -416,10 +419,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = build_parser().parse_args()
-    device = str(default_device())
+    device, folder = str(default_device()), args.real or REAL
+    if args.real and not args.real.is_dir():
+        sys.exit(f"want a folder for --real, got {args.real}")
     for name in args.weights:
         if args.time_one:
-            time_one(name, args.time_one, device)
+            time_one(name, args.time_one, device, args.set)
             continue
         weights, parts = Weights(name, device), set(args.parts)
         weights.settings = weights.pipeline.settings = replace(weights.settings, **args.set)
@@ -433,13 +438,15 @@ def main() -> int:
             steps(weights)
         if "long" in parts:
             long(weights)
-        if "real" in parts:
+        if "real" in parts and not folder.is_dir():
+            print(f"{weights.name}: no real drivers, for there is no {folder}", flush=True)
+        elif "real" in parts:
             if args.out:
                 args.out.mkdir(parents=True, exist_ok=True)
-            real(weights, args.real, args.out)
+            real(weights, folder, args.out)
         if "time" in parts:
             for people in (1, 2):
-                subprocess.run([sys.executable, __file__, "--weights", name, "--time-one", str(people)], check=True)
+                subprocess.run([sys.executable, __file__, "--weights", name, "--time-one", str(people), "--set", json.dumps(args.set)], check=True)
     return 0
 
 

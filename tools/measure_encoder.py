@@ -1,9 +1,11 @@
-"""What does the encoder know, and what does it keep to itself? `python tools/measure_encoder.py [--weights FOLDER] [--real FOLDER]` prints the tables of LOG.md.
+"""What does the encoder know, and what does it keep to itself? `python tools/measure_encoder.py [--weights FOLDER] [--real FOLDER]` prints the tables of LOG.md
+(the last one of real films, if there are any: shared/real beside the repository, or --real).
 
 People and motions are never those of training. A *probe* is a straight line (ridge regression) fitted on half of the people and judged on the other half. Beside the
 encoder: the same network untrained, and 478 landmarks of MediaPipe on the release's wider crops of the same faces, 128 pixels (x and y, as fractions of the crop)."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from fantasy_nb.expression import GROUPS, ExpressionEncoder, Features, fit_ruler
 from fantasy_nb.faces import EMOTIONS, Expression, Identity, render_crops
 from fantasy_nb.tracking import align_crop, measure_expression, quiet, to_pixels, track_faces
 
+REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 FACTORS = [n for n in Expression.names() if n not in EMOTIONS]
 OWN = {name: [n for n in Expression.GROUPS[name] if n in FACTORS] for name in GROUPS}
 
@@ -117,8 +120,11 @@ def real_films(encoder, folder, rulers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=data_samples("weights", "encoders", "mini"))
-    parser.add_argument("--real", type=Path, default=Path(__file__).parents[2] / "shared" / "real")
+    parser.add_argument("--real", type=Path, help="folder with biden.mp4 and two_person.mp4 (default: shared/real beside the repository)")
     args = parser.parse_args()
+    folder = args.real or REAL
+    if args.real and not folder.is_dir():
+        sys.exit(f"want a folder for --real, got {folder}")
     encoder = ExpressionEncoder.from_pretrained(args.weights).eval()
     size, closer = encoder.config.image_size, encoder.config.closer
     torch.manual_seed(0)
@@ -153,9 +159,11 @@ def main():
     (a, fa), (b, fb) = (landmarks_of(c) for c in pair)
     print(f"{'landmarks':22s}{nearest(a[fa & fb], b[fa & fb]):8.3f}")
 
-    if args.real.is_dir():
+    if folder.is_dir():
         print("\nreal films, never trained on")
-        real_films(encoder, args.real, rulers)
+        real_films(encoder, folder, rulers)
+    else:
+        print(f"\nno real films, for there is no {folder}")
 
 
 if __name__ == "__main__":

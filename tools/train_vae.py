@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from fantasy_nb.core import atomic
 from fantasy_nb.faces import Scene, random_motion, render_scene
 from fantasy_nb.vae import LinearCode, VAEConfig, VideoVAE, charbonnier, edge_error, from_blocks, measure_latents, to_blocks, train_vae
 
@@ -21,7 +22,7 @@ WIDTH = {1: 128, 2: 192, 3: 256}
 
 
 def render_bank(base: int, count: int, frames: int):
-    "Clips (3 f 128 w) uint8 and their face boxes (f p 4); two in three at 25 fps, the rest at 12.5 (more motion)."
+    "Clips (3 f 128 w) uint8 and their face boxes (f p 4); two in three at 25 fps, the rest at 12 (more motion)."
     clips, boxes = [], []
     for i in range(count):
         people = PEOPLE[i % 10]
@@ -102,9 +103,13 @@ def main():
     torch.manual_seed(0)
     if not args.bank.exists():
         args.bank.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"train": render_bank(100_000, args.clips, 9), "test": render_bank(900_000, 14, 17)}, args.bank)
+        drawn = {"train": render_bank(100_000, args.clips, 9), "test": render_bank(900_000, 14, 17)}
+        with atomic(args.bank) as part:
+            torch.save(drawn, part)
     bank = torch.load(args.bank)
     train, test = bank["train"], bank["test"]
+    if len(train["clips"]) != args.clips:
+        sys.exit(f"train_vae: want a bank of {args.clips} clips, got {len(train['clips'])} in {args.bank}: name another --bank, or remove it")
     start, vae = time.time(), VideoVAE(getattr(VAEConfig, args.config)())
     videos = [whole(clip) for clip in train["clips"]]
     vae.code.fit(videos, [face_mask(clip, boxes, 3.0) for clip, boxes in zip(train["clips"], train["boxes"])])
