@@ -185,7 +185,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:  # (n d), (m d) features; w
 
     if min(len(x), len(y)) < 2:
         raise ValueError(f"want two samples or more of each, got {len(x)} and {len(y)}")
-    x, y = x.double(), y.double()
+    x, y = x.cpu().double(), y.cpu().double()
     between = sqrtm((x.T.cov() @ y.T.cov()).numpy())
     return ((x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * np.trace(between).real).item()
 

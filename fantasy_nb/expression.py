@@ -998,7 +998,7 @@ def run_course(args: argparse.Namespace) -> int:
             folder = args.pictures or run / "groups"
             groups = stored_groups(folder, args.agree, config.image_size, 60_000_000 + args.first, device, **draw)
             heads = stored_groups(folder, args.heads, config.image_size, 80_000_000 + args.first, device, only="head", **draw) if args.heads else None
-            encoder = look_in_mirror(init.to(device), groups[:400], True) if args.mirror else init
+            encoder = look_in_mirror(init.to(device), groups[:400], True) if args.mirror else init.to(device)
             if steps:
                 encoder = agree(encoder, groups, steps, heads=heads, **options)
         elif steps:
@@ -1023,7 +1023,7 @@ def fit_ruler(
 ):  # a function: features (... d) -> factors (... k)
     "What a straight line can read off the features: ridge regression, features standardised."
     mean, scale, offset = features.mean(0), features.std(0) + 1e-6, factors.mean(0)
-    x, y = ((features - mean) / scale).double(), (factors - offset).double()
+    x, y = ((features - mean) / scale).cpu().double(), (factors - offset).cpu().double()  # on the CPU: not every device has float64
     weight = torch.linalg.solve(x.T @ x + strength * torch.eye(x.shape[1]).to(x), x.T @ y).to(features)
     return lambda z: (z - mean) / scale @ weight + offset
 

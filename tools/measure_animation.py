@@ -170,7 +170,7 @@ def painter_reader(encoder: ExpressionEncoder, count: int = 240, seed: int = 77_
         motion = Expression.cat([random_motion(9, (seed + k) * 100 + j, 25.0)[4] for j in range(24)])
         motion = livelier(turned(motion, 0.1 + 0.7 * torch.rand(24, generator=g)), g, True)
         crops = torch.cat([jittered_crops(motion[3 * j : 3 * j + 3], config.image_size, k * 100 + j, config.closer) for j in range(8)])
-        features.append(encoder(crops / 127.5 - 1).pack())
+        features.append(encoder(crops.to(next(encoder.parameters()).device) / 127.5 - 1).pack().cpu())
         known.append(torch.stack([getattr(motion, name) for name in names], -1))
     x, y, n = torch.cat(features), torch.cat(known), 20 * count  # of 24 moments each
     axes = {}  # of each group, the few along which its features move at all
@@ -182,7 +182,7 @@ def painter_reader(encoder: ExpressionEncoder, count: int = 240, seed: int = 77_
     group_of = ["emotion" if name in EMOTIONS else next(g for g, members in Expression.GROUPS.items() if name in members) for name in names]
 
     def read(packed):
-        said = {name: rulers[name](value) for name, value in told(packed).items()}
+        said = {name: rulers[name](value) for name, value in told(packed.cpu()).items()}
         return torch.stack([said[group][:, k] for k, group in enumerate(group_of)], -1).clamp(y.amin(0), y.amax(0))
 
     return read, (read(x[n:]) - y[n:]).square().mean(0).sqrt()
@@ -202,7 +202,7 @@ def painter(weights: Weights, counts: dict[int, int], frames: int, copies: int =
             video, features, _ = weights.read(clip)
             truth, (p, size, zoom) = true_frames(video), clips.config.view(k)
             scene = zoom_in(Scene.sample(p, (clips.seed * 1_000_003 + k) * 64 + 1), zoom)
-            true = [torch.stack([getattr(motion, name) for name in names], -1) for motion in clip.motions]
+            true = [torch.stack([getattr(motion, name) for name in names], -1).cpu() for motion in clip.motions]
             heard = [read(one) for one in features]
 
             def draw(told, scene=scene, size=size):
@@ -250,6 +250,7 @@ def steps(weights: Weights, count: int = 8, frames: int = 9) -> None:
     ways = [dict(steps=n) for n in (1, 4, 8, 15, 30)] + [dict(steps=8, guidance=g) for g in (1.5, 2.5)] + [dict(steps=8, guidance=2.5, interval=i) for i in ((0.0, 0.8), (0.3, 0.8), (0.8, 1.0))]
     ways += [dict(steps=1, draws=n) for n in (3, 6)] + [dict(steps=4, solver="multistep"), dict(steps=4, solver="heun")]
     ways += [dict(steps=1, looks=n) for n in (2, 4)]
+    weights.film(*clips[0])  # the first one pays for what is built once
     print(f"\n{weights.name}, {count} clips of two people, {frames - 1} frames: PSNR, seconds a clip")
     for way in ways:
         how, spent, values = replace(weights.settings, **(dict(steps=1, draws=1, looks=1, guidance=1.0) | way)), 0.0, []
@@ -379,13 +380,13 @@ def time_one(name: str, people: int, device: str, changed: dict) -> None:
     pipeline = PortraitPipeline.from_pretrained(name, device)
     pipeline.settings = replace(pipeline.settings, **changed)
     loaded, inside = time.perf_counter() - began, [0.0]
-    forward = pipeline.animator.dit.forward
+    forward, wait = pipeline.animator.dit.forward, getattr(torch, device.split(":")[0]).synchronize
 
     def timed(*args, **kwargs):
-        torch.cuda.synchronize() if device != "cpu" else None  # what was asked of the encoder and VAE before is not the DiT's
+        wait()  # what was asked of the encoder and VAE before is not the DiT's
         start = time.perf_counter()
         answer = forward(*args, **kwargs)
-        torch.cuda.synchronize() if device != "cpu" else None
+        wait()
         inside[0] += time.perf_counter() - start
         return answer
 
@@ -398,7 +399,7 @@ def time_one(name: str, people: int, device: str, changed: dict) -> None:
         pipeline(portrait, drivers, frames=16, show=False)
         spent.append((time.perf_counter() - start, inside[0]))
     total, dit = min(spent)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{Path(name).name}, 16 frames and the portrait of {people} people on {device} ({torch.get_num_threads()} threads): {total:.2f} s (weights loaded in {loaded:.1f} s), {1 - dit / total:.0%} of it outside of the DiT; at most {peak:.2f} GiB", flush=True)
 
 
