@@ -96,7 +96,7 @@ def test_people_follow_their_own_driver_and_not_the_other(pipeline):
 def test_shapes_of_input(pipeline):
     picture, (frames, fps) = read_image(data_samples("portrait_one.png")), read_video(DRIVERS[0], 6)
     a = pipeline(picture, (frames, fps), steps=1, show=False)
-    b = pipeline(torch.from_numpy(picture).permute(2, 0, 1) / 255, [frames], steps=1, show=False)
+    b = pipeline(torch.from_numpy(picture.copy()).permute(2, 0, 1) / 255, [frames], steps=1, show=False)
     assert len(a.frames) == 6 and np.array_equal(a.frames, b.frames)
 
 
