@@ -982,10 +982,10 @@ def pictures_of(args: argparse.Namespace, kinds: tuple, encoder: ExpressionEncod
     for kind in kinds:
         config, encode, count = PICTURES[args.config][kind]
         folders[kind] = as_heard(config, encoder), encode, count if args.clips is None else args.clips, args.first
-    stills = [pictures for pictures in folders.values() if pictures[0].stills]
+    stills = [kind for kind in kinds if folders[kind][0].stills]
     if args.alone and stills:
-        config, encode, count, first = stills[0]
-        folders["alone"] = replace(config, people=(1, 1, 1), whole=(2,)), encode, args.alone, first + math.ceil(count / SHARD) * SHARD
+        config, encode, count, first = folders[stills[0]]
+        folders[f"{stills[0]}-alone"] = replace(config, people=(1, 1, 1), whole=(2,)), encode, args.alone, first + math.ceil(count / SHARD) * SHARD
     elif args.alone and args.stage != "all":
         raise ValueError(f"want a stage that learns from stills for --alone, got --stage {args.stage}")
     return folders

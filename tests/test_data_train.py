@@ -596,9 +596,12 @@ def test_further_scenes_of_one_person_are_numbered_on_and_learned_from(tmp_path,
     monkeypatch.setattr(train_module, "train", lambda animator, clips, *rest, **named: learned.append(clips) or train(animator, clips, *rest, **named))
     arguments = ["--cache", str(tmp_path / "cache"), "--steps", "1", "--batch", "2", "--threads", "1", "--samples", "0"]
     assert main([*arguments, "--stage", "stills", "--first", "50", "--clips", "2", "--alone", "3", "--run", str(tmp_path / "run")]) == 0, capsys.readouterr().err
-    rows = load_file(tmp_path / "cache" / "alone" / "clips-000075.safetensors")
-    assert [path.name for path in (tmp_path / "cache" / "alone").glob("clips-*")] == ["clips-000075.safetensors"] and len(learned[0]) == 2 * (2 + 3)
+    rows = load_file(tmp_path / "cache" / "stills-alone" / "clips-000075.safetensors")
+    assert [path.name for path in (tmp_path / "cache" / "stills-alone").glob("clips-*")] == ["clips-000075.safetensors"] and len(learned[0]) == 2 * (2 + 3)
     assert [value.shape[0] for name, value in rows.items() if name.endswith(".features")] == [1] * 6  # and their mirror images
+    asked, encoder = train_module.build_parser().parse_args(["--config", "mini", "--alone", "3"]), ExpressionEncoder(ExpressionConfig.tiny())
+    for kind in ("small", "stills"):  # two stages of one run share their cache, and the pictures differ in size
+        assert list(train_module.pictures_of(asked, (kind,), encoder)) == [kind, f"{kind}-alone"]
     assert main([*arguments, "--stage", "clips", "--clips", "1", "--alone", "3", "--run", str(tmp_path / "other")]) == 2
     assert "want a stage that learns from stills for --alone, got --stage clips" in capsys.readouterr().err and not (tmp_path / "cache" / "clips").exists()
 
