@@ -866,6 +866,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fantasy_nb.train.NewViews.latents': ('train.html#newviews.latents', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.NewViews.moved_owners': ('train.html#newviews.moved_owners', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.NewViews.pixels': ('train.html#newviews.pixels', 'fantasy_nb/train.py'),
+                                  'fantasy_nb.train.NewViews.size': ('train.html#newviews.size', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.TrainConfig': ('train.html#trainconfig', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.TrainConfig.rate': ('train.html#trainconfig.rate', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.Watcher': ('train.html#watcher', 'fantasy_nb/train.py'),

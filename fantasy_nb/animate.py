@@ -56,6 +56,7 @@ class PipelineConfig:
     guidance: float = 1.0
     draws: int = 1  # films from different noises, averaged: 1 = a sample, more = towards the mean of all samples
     looks: int = 1  # films of the portrait laid on different grids of tokens, averaged: 1, 2 or 4
+    enlarge: float = 1.0  # the portrait is laid on the grid so many times as large, and the film made smaller again
     shift: float = 5.0
     prediction: str = "clean"
     crop: int = 64  # pixels of the encoder's crops
@@ -70,6 +71,8 @@ class PipelineConfig:
             raise ValueError(f"want at least one step and one draw, got steps={self.steps}, draws={self.draws}")
         if self.looks not in (1, 2, 4):
             raise ValueError(f"want 1, 2 or 4 looks, got looks={self.looks}")
+        if not 1 <= self.enlarge <= 4:
+            raise ValueError(f"want enlarge between 1 and 4, got enlarge={self.enlarge:g}")
         if self.guidance < 0:
             raise ValueError(f"want guidance of at least 0 (1 = none), got guidance={self.guidance:g}")
         if self.window < 0 or (self.window and not 0 <= self.overlap < self.window):
@@ -315,9 +318,14 @@ def lay_on_grids(
     boxes: Tensor,  # (p 4) faces, pixels
     looks: int,  # 1, 2 (half a token lower and further to the right, too) or 4 (all four combinations)
     token: int,  # side in pixels
+    enlarge: float = 1.0,  # about: by whole tokens
 ) -> list[tuple[Tensor, Tensor, tuple]]:
-    "The picture on `looks` grids of tokens, edges repeated: pictures, their owners (2 k) and where in them the picture lies."
-    (h, w), half, laid = picture.shape[-2:], token // 2, []
+    "The picture, enlarged, on `looks` grids of tokens, edges repeated: pictures, their owners (2 k) and where in them the picture lies."
+    size = h, w = [token * round(n * enlarge / token) for n in picture.shape[-2:]]
+    if size != list(picture.shape[-2:]):
+        boxes = boxes * boxes.new_tensor([w / picture.shape[-1], h / picture.shape[-2]] * 2)
+        picture = F.interpolate(picture[:, :, 0], size, mode="bicubic", align_corners=False).clamp(-1, 1)[:, :, None]
+    half, laid = token // 2, []
     for y, x in [(0, 0), (half, half), (0, half), (half, 0)][:looks]:
         edges = (x, token - x if x else 0, y, token - y if y else 0)
         moved = F.pad(picture[:, :, 0], edges, mode="replicate")[:, :, None]
@@ -542,7 +550,7 @@ class PortraitPipeline(StoredPipeline):
         show: bool = False,
     ) -> np.ndarray:  # uint8 (4n h w 3)
         "Encode, denoise, decode: on every grid, from every noise that `how` asks for; the mean of it all."
-        laid = lay_on_grids(picture, boxes, how.looks, 8 * self.animator.dit.config.patch[1])
+        laid = lay_on_grids(picture, boxes, how.looks, 8 * self.animator.dit.config.patch[1], how.enlarge)
         with self.at_work(self.vae) as vae:
             portraits = [vae.encode(picture) for picture, _, _ in laid]
         rounds, found, film = [(look, k) for look in range(len(laid)) for k in range(how.draws)], [0] * len(laid), 0
@@ -556,7 +564,9 @@ class PortraitPipeline(StoredPipeline):
             for done, (latents, (_, _, place)) in enumerate(zip(found, laid)):
                 watch = lambda stage, share, done=done: self.watch(stage, (done + share) / len(laid))  # noqa: E731
                 film = film + decode_film(vae, latents, how.window, watch)[place].astype(np.float32)
-        return (film / len(laid)).round().astype(np.uint8)
+        film, size = film / len(laid), tuple(picture.shape[-2:])
+        film = film if film.shape[1:3] == size else np.stack([resize(frame, size) for frame in film])
+        return film.round().astype(np.uint8)
 
     @torch.no_grad()
     def __call__(
@@ -574,6 +584,7 @@ class PortraitPipeline(StoredPipeline):
         interval: tuple[float, float] | None = None,  # times (low, high) at which to guide
         window: int | None = None,  # latent frames of a window; 0: every frame by itself
         looks: int | None = None,  # films of the portrait laid on different grids of tokens, averaged: 1, 2 or 4
+        enlarge: float | None = None,  # the portrait is laid on the grid so many times as large
         mouth=1.0,  # strength of the drivers' mouths: 0 = their mean, 1 = as performed, above 1 = exaggerated (chapter 04); one for all, one for each person, or {name: strength}
         emotion=1.0,
         overall=1.0,  # of everything, the head too
@@ -581,7 +592,7 @@ class PortraitPipeline(StoredPipeline):
         watch: Callable | None = None,  # told (stage, share done) between pieces of work; what it raises stops the film
     ) -> Animation:
         "Animate everybody who has a driver. Raises ValueError for pictures without faces, too many drivers, wrong assignments or settings."
-        asked = dict(steps=steps, guidance=guidance, draws=draws, solver=solver, interval=interval, window=window, looks=looks)
+        asked = dict(steps=steps, guidance=guidance, draws=draws, solver=solver, interval=interval, window=window, looks=looks, enlarge=enlarge)
         asked |= {} if window is None else {"overlap": max(0, min(self.settings.overlap, window - 1))}
         how = replace(self.settings, **{k: v for k, v in asked.items() if v is not None})
         show = show and not getattr(self, "_progress_bar_config", {}).get("disable")
@@ -645,6 +656,12 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="1, 2 or 4 films of the portrait laid on different grids of tokens, averaged: nearer to the truth, as many times slower (default: what the weights recommend)",
+    )
+    parser.add_argument(
+        "--enlarge",
+        type=float,
+        metavar="TIMES",
+        help="lay the portrait on a grid of tokens so many times as large and make the film smaller again: more tokens for each face, as many times more work squared (default: what the weights recommend)",
     )
     parser.add_argument(
         "--window", type=int, help="latent frames that are drawn together; 0 = every frame by itself (default: what the weights recommend)"
@@ -757,7 +774,7 @@ def run_animation(args: argparse.Namespace) -> None:
     else:
         pipeline = PortraitPipeline.from_pretrained(args.weights)
         pipeline.enable_model_cpu_offload(device=args.device) if args.offload else pipeline.to(args.device)
-    options = ("frames", "steps", "guidance", "seed", "assign", "draws", "solver", "interval", "window", "looks", "mouth", "emotion", "overall", "names")
+    options = ("frames", "steps", "guidance", "seed", "assign", "draws", "solver", "interval", "window", "looks", "enlarge", "mouth", "emotion", "overall", "names")
     film = pipeline(args.portrait, drivers, show=not args.quiet, **{name: getattr(args, name) for name in options})
     if any(film.held):
         print(f"note: frames without a visible driver face, held: {film.held} of {len(film.frames)}", file=sys.stderr)

@@ -260,12 +260,12 @@ def mirrored(clip: Clip, seed: int) -> Clip:
 
 # %% ../nbs/10_train.ipynb #cell-026
 class NewViews:
-    "Scenes of stills laid anew: portrait and moments of a scene under one shift (up to 7 % of the height sideways, 6 % up or down), one zoom (.91 to 1.23) and one lamp. Needs a VAE with a linear code."
+    "Scenes of stills laid anew: portrait and moments of a scene under one shift (up to 7 % of the height sideways, 6 % up or down), one zoom (.91 to 1.23) and one lamp; all of them on a grid `enlarge` times as large. Needs a VAE with a linear code."
 
-    def __init__(self, vae: VideoVAE):
+    def __init__(self, vae: VideoVAE, enlarge: float = 1.0):
         if vae.code is None:
             raise ValueError("want a VAE with a linear code for new views of stills, got one without")
-        self.vae, (c, _) = vae, vae.code.down.weight.shape
+        self.vae, self.enlarge, (c, _) = vae, enlarge, vae.code.down.weight.shape
         self.down = vae.code.down.weight.detach().view(c, 3, 4, 64).sum(2).flatten(1)  # a still's block holds its frame four times
 
     def pixels(self, latents: Tensor) -> Tensor:  # (n c h w) -> (n 3 8h 8w)
@@ -278,11 +278,17 @@ class NewViews:
         raw = rearrange(pixels, "n c (h i) (w j) -> n h w (c i j)", i=8, j=8) @ self.down.to(pixels).T + self.vae.code.down.bias.to(pixels)
         return ((raw.permute(0, 3, 1, 2)[:, :, None] - self.vae.latents_mean) / self.vae.latents_std)[:, :, 0]
 
+    def size(self, h: int, w: int, side: int) -> tuple[int, int]:
+        "Of the new grid, in latents: whole tokens of `side` latents."
+        return tuple(side * round(n * self.enlarge / side) for n in (h, w))
+
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor], g: torch.Generator, share: float, count: int = 2) -> dict[str, Tensor]:
         "What `pick_moments` gives, `count` moments a scene; this share of the scenes is moved."
         portrait, moments, weight = batch["portrait"][:, :, 0], batch["latents"][:, :, 0], batch["weight"][:, :, 0]
         (h, w), b = moments.shape[-2:], len(moments) // count
+        side = round((h * w / batch["owners"].shape[-1]) ** 0.5)
+        new_h, new_w = self.size(h, w, side)
         scene, on = torch.arange(b).repeat_interleave(count), (torch.rand(b, generator=g) < share).float()
         zoom = (on * (torch.rand(b, generator=g) * 0.30 - 0.09)).exp()
         shift = on[:, None] * (torch.rand(b, 2, generator=g) * 2 - 1) * torch.tensor([0.14 * h / w, 0.12])
@@ -292,30 +298,33 @@ class NewViews:
         before = torch.cat([portrait[::count], moments])
         seen = F.grid_sample(
             self.pixels(before),
-            F.affine_grid(matrix[every], (len(every), 3, 8 * h, 8 * w), align_corners=False),
+            F.affine_grid(matrix[every], (len(every), 3, 8 * new_h, 8 * new_w), align_corners=False),
             mode="bicubic",
             padding_mode="border",
             align_corners=False,
         )
         seen = ((seen.clamp(-1, 1) + 1) * lamp[every, :, None, None].to(seen) - 1).clamp(-1, 1)
-        after = torch.where(on[every].view(-1, 1, 1, 1).to(seen) > 0, self.latents(seen), before)
-        weight = F.grid_sample(weight, F.affine_grid(matrix[scene], weight.shape, align_corners=False), padding_mode="border", align_corners=False)
+        after = self.latents(seen)
+        if (new_h, new_w) == (h, w):  # what does not move stays as it is, to the last bit
+            after = torch.where(on[every].view(-1, 1, 1, 1).to(seen) > 0, after, before)
+        grid = F.affine_grid(matrix[scene], (len(scene), 1, new_h, new_w), align_corners=False)
+        weight = F.grid_sample(weight, grid, padding_mode="border", align_corners=False)
         return batch | {
             "portrait": after[:b][scene][:, :, None],
             "latents": after[b:][:, :, None],
             "weight": weight[:, :, None],
-            "owners": self.moved_owners(batch["owners"], matrix[scene], (h, w)),
+            "owners": self.moved_owners(
+                batch["owners"].view(-1, 1, h // side, w // side), matrix[scene], (new_h // side, new_w // side)
+            ),
         }
 
     @staticmethod
-    def moved_owners(owners: Tensor, matrix: Tensor, size: tuple[int, int]) -> Tensor:  # (n 1 tokens)
-        "Each person's region, moved as well; where someone would lose the last token, all stay as they were."
-        n, side = len(owners), round((size[0] * size[1] / owners.shape[-1]) ** 0.5)
-        before = owners.view(n, 1, size[0] // side, size[1] // side)
+    def moved_owners(owners: Tensor, matrix: Tensor, size: tuple[int, int]) -> Tensor:  # (n 1 h w) tokens -> (n 1 tokens of the new grid)
+        "Each person's region, moved as well; where someone would lose the last token, all stay where they were."
         after = (
             F.grid_sample(
-                before.float(),
-                F.affine_grid(matrix, before.shape, align_corners=False).float(),
+                owners.float(),
+                F.affine_grid(matrix, (len(owners), 1, *size), align_corners=False).float(),
                 mode="nearest",
                 padding_mode="border",
                 align_corners=False,
@@ -323,8 +332,9 @@ class NewViews:
             .round()
             .to(owners.dtype)
         )
-        same = torch.tensor([torch.equal(a.unique(), b.unique()) for a, b in zip(after, before)], device=owners.device)
-        return torch.where(same.view(-1, 1, 1, 1), after, before).view_as(owners)
+        before = F.interpolate(owners.float(), size, mode="nearest-exact").to(owners.dtype)
+        same = torch.tensor([torch.equal(a.unique(), b.unique()) for a, b in zip(after, owners)], device=owners.device)
+        return torch.where(same.view(-1, 1, 1, 1), after, before).flatten(2)
 
 # %% ../nbs/10_train.ipynb #cell-029
 SHARD = 25  # clips a file of the cache
@@ -433,6 +443,7 @@ class TrainConfig:
     bf16: bool = False  # forward and backward in bfloat16 where that is safe (autocast); weights stay float32
     seed: int = 0
     new_views: float = 0.0  # share of the scenes of stills that are seen from another place, under another lamp
+    enlarge: float = 1.0  # stills are laid on a grid so many times as large: more tokens for each face
 
     def rate(self, step: int) -> float:
         "Learning rate at a step: a ramp, a plateau, a slope."
@@ -471,7 +482,7 @@ def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainCon
     "Flow-matching loss of one batch (chapter 08's `flow_loss`), weighted by `batch['weight']`; `decode` (of `pixel_decoder`) where the loss is of pixels, `views` where stills are to be moved."
     stills = batch["features"].shape[2] == batch["latents"].shape[2]
     batch = pick_moments(batch, g) if stills else batch | {"portrait": batch["latents"][:, :, :1]}
-    batch = views(batch, g, config.new_views) if stills and views and config.new_views else batch
+    batch = views(batch, g, config.new_views) if stills and views and (config.new_views or config.enlarge != 1) else batch
     latents, b = batch["latents"], len(batch["latents"])
     scale, image_scale, text_scale = (
         (torch.rand(b, generator=g) >= share).float().to(latents.device) for share in (config.drop_expression, config.drop_image, config.drop_text)
@@ -612,6 +623,8 @@ def check_run(config: TrainConfig, world: int, decode, views=None) -> None:
         raise ValueError(f"want decay above 0 and at most 1, got {config.decay}")
     if not 0 <= config.new_views <= 1 or (config.new_views and views is None):
         raise ValueError(f"want new_views between 0 and 1, and NewViews if it is not 0, got {config.new_views}, views={views}")
+    if not 1 <= config.enlarge <= 4 or config.enlarge != (views.enlarge if views else 1):
+        raise ValueError(f"want enlarge between 1 and 4, and NewViews of the same, got {config.enlarge}, views={views and views.enlarge}")
 
 # %% ../nbs/10_train.ipynb #cell-051
 def one_step(
@@ -640,7 +653,7 @@ def train(
     save_every: int = 250,
     channels: Tensor | None = None,  # (c 1 1 1) weight of each latent channel, for loss="latents"
     decode=None,  # of `pixel_decoder`, for loss="pixels"
-    views: NewViews | None = None,  # for `config.new_views`
+    views: NewViews | None = None,  # for `config.new_views` and `config.enlarge`
     show: bool = True,
     watch=None,  # called as watch(step, animator, ema) after every step, in all processes
 ) -> EMA:
@@ -732,8 +745,9 @@ class Watcher:
         every: int = 1000,  # steps between pictures; 0 = none
         tensorboard: bool = False,
         first: bool = True,  # is this the process that writes?
+        views: NewViews | None = None,  # of the run: stills are drawn as large as they are learned from
     ):
-        self.folder, self.every, self.vae, self.config, self.first = Path(folder), every, vae, config, first
+        self.folder, self.every, self.vae, self.config, self.first, self.views = Path(folder), every, vae, config, first, views
         self.answer = copy.deepcopy(animator).eval()
         rows = [encode(clips[k], vae, encoder) for k in range(8)] if every and first else []
         self.groups = {}
@@ -757,6 +771,8 @@ class Watcher:
                 return
             self.answer.load_state_dict(averaged)
             pictures = [picture for rows in self.groups.values() for picture in self.draw(rows)]
+            widest = max(picture.shape[1] for picture in pictures)
+            pictures = [np.pad(picture, ((0, 0), (0, widest - picture.shape[1]), (0, 0)), constant_values=255) for picture in pictures]
             path = self.folder / "samples" / f"step-{step + 1:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_image(path, np.concatenate(pictures))
@@ -765,12 +781,13 @@ class Watcher:
 
     @torch.no_grad()
     def draw(self, rows: list[dict]) -> list[np.ndarray]:  # uint8 (h w 3) each
-        "One answer from pure noise for each row, its last frame beside the portrait and the truth; as wide as the widest."
+        "One answer from pure noise for each row, its last frame beside the portrait and the truth."
         animator, stills = self.answer, rows[0]["features"].shape[1] == rows[0]["latents"].shape[1]
         device = next(animator.parameters()).device
         batch = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
         batch = {name: x if name == "owners" else x.float() for name, x in batch.items()}
         batch = pick_moments(batch, torch.Generator().manual_seed(0), 1) if stills else batch | {"portrait": batch["latents"][:, :, :1]}
+        batch = self.views(batch, torch.Generator().manual_seed(0), 0.0, 1) if stills and self.views else batch
         truth = batch["latents"]
         noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0)).to(device)
         velocity = lambda x, t: to_velocity(
@@ -779,8 +796,7 @@ class Watcher:
         made = euler(velocity, noise, time_grid(1 if self.config.prediction == "clean" else 8, self.config.shift))
         films = [self.vae.decode(x.to(next(self.vae.parameters()).device))[:, :, -1] for x in (batch["portrait"], truth, made)]
         sheets = ((torch.cat(films, -1) + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        widest = 3 * 8 * max(shape[-1] for shape in self.groups)
-        return [np.pad(sheet, ((0, 0), (0, widest - sheet.shape[1]), (0, 0)), constant_values=255) for sheet in sheets]
+        return list(sheets)
 
     def log(self, path: Path) -> None:
         "Copy the CSV log into TensorBoard's, once, at the end of a run."
@@ -853,6 +869,13 @@ def add_scenes(group) -> None:
         default=None,
         metavar="SHARE",
         help="share of the scenes of stills that are seen from another place, under another lamp, each time anew (default: 0)",
+    )
+    group.add_argument(
+        "--enlarge",
+        type=float,
+        default=None,
+        metavar="TIMES",
+        help="lay stills on a grid so many times as large: more tokens for each face, and more work (default: 1); the weights recommend it to the animation",
     )
 
 # %% ../nbs/10_train.ipynb #cell-076
@@ -1045,7 +1068,7 @@ def load_animator(args: argparse.Namespace, stage: str, init: Path | None, devic
 # %% ../nbs/10_train.ipynb #cell-086
 def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None, out: Path) -> bool:  # was it trained to its last step?
     "One stage of `STAGES`: fill its cache, train, write the averaged weights into `out`. Raises ValueError for a run that has begun, unless it is to go on."
-    asked = {name: getattr(args, name) for name in ("steps", "batch", "lr", "decay", "loss", "learn_base", "bf16", "seed", "new_views")}
+    asked = {name: getattr(args, name) for name in ("steps", "batch", "lr", "decay", "loss", "learn_base", "bf16", "seed", "new_views", "enlarge")}
     (kinds, config), accelerator = STAGES[stage], make_accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
     cache = args.cache or (run.parent if args.stage == "all" else run) / "cache"  # stages of one run share their pictures
@@ -1063,12 +1086,15 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
     animator = load_animator(args, stage, init, device)
     if (run / "checkpoint.pt").exists() and not args.resume:
         raise ValueError(f"want --resume to go on with {run}, or another --run: {run / 'checkpoint.pt'} is there")
+    if config.enlarge != 1 and not any(PICTURES[args.config][kind][0].stills for kind in kinds):
+        raise ValueError(f"want a stage that learns from stills for --enlarge, got --stage {stage}")
     token = 8 * animator.dit.config.patch[1]
     folders = fill_caches(args, kinds, cache, vae, encoder, token, device, rank, world)
     accelerator.wait_for_everyone()
     scenes = PICTURES[args.config][kinds[0]]
     unseen, encode = SceneClips(as_heard(scenes[0], encoder), seed=999, device=device), partial(scenes[1], token=token)
-    watch = Watcher(run, unseen, encode, vae, encoder, animator, config, args.samples, args.tensorboard, rank == 0)
+    views = NewViews(vae, config.enlarge) if config.new_views or config.enlarge != 1 else None
+    watch = Watcher(run, unseen, encode, vae, encoder, animator, config, args.samples, args.tensorboard, rank == 0, views)
     ema = train(
         animator,
         LatentClips(*folders),
@@ -1078,7 +1104,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
         args.max_minutes,
         channels=channel_weights(vae),
         decode=pixel_decoder(vae),
-        views=NewViews(vae) if config.new_views else None,
+        views=views,
         watch=watch,
     )
     averaged = whole(ema.shadow)  # by all processes
@@ -1094,6 +1120,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
             "crop": encoder.config.image_size,
             "closer": encoder.config.closer,
             "looks": 2 * watch.answer.dit.config.patch[1],  # longer tokens have more of an edge (chapter 11)
+            "enlarge": config.enlarge,
         }
         (out / "pipeline.json").write_text(json.dumps(faces, indent=2))
         print(f"{stage}: {ema.steps} of {config.steps} steps, weights in {out}")
@@ -1114,7 +1141,7 @@ def run_training(args: argparse.Namespace) -> int:
             print(f"fantasy-train: {args.stage} from random weights, without stills before them (--init): heads will hardly follow", file=sys.stderr)
         run_stage(args, args.stage, run, args.init, weights)
         return 0
-    alone = [f"--{name}" for name in ("clips", "steps", "lr", "decay", "loss", "learn-base", "new-views") if getattr(args, name.replace("-", "_")) is not None]
+    alone = [f"--{name}" for name in ("clips", "steps", "lr", "decay", "loss", "learn-base", "new-views", "enlarge") if getattr(args, name.replace("-", "_")) is not None]
     if alone:
         raise ValueError(f"{' and '.join(alone)} belong to one stage: say which with --stage {', --stage '.join(STAGES)}")
     init, stages = args.init, [stage for stage in ONE_AFTER_THE_OTHER if set(STAGES[stage][0]) <= set(PICTURES[args.config])]

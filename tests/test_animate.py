@@ -170,6 +170,7 @@ def wrong(tmp_path):
     ([ONE, "--drive", DRIVERS[0], "--steps", "0"], "steps=0"),
     ([ONE, "--drive", DRIVERS[0], "--draws", "0"], "draws=0"),
     ([ONE, "--drive", DRIVERS[0], "--looks", "3"], "looks=3"),
+    ([ONE, "--drive", DRIVERS[0], "--enlarge", "0.5"], "enlarge=0.5"),
     ([ONE, "--drive", DRIVERS[0], "--window", "-1"], "window=-1"),
     ([ONE, "--drive", DRIVERS[0], "--interval", "0.9", "0.1"], "interval"),
     ([ONE, "--drive", DRIVERS[0], "--interval", "-1", "0.1"], "interval"),
@@ -281,6 +282,32 @@ def test_every_look_shows_the_whole_picture_on_another_grid(token):
         assert h % token == w % token == 0 and owners.shape == (2, h * w // token**2) and {1, 2} <= set(owners.unique().tolist()) <= {0, 1, 2}
     x, y = 44 + token // 2, 20 + token // 2  # the second person, moved with the picture
     assert laid[1][1][0].view(laid[1][0].shape[-2] // token, -1)[y // token, x // token] == 2
+
+
+@pytest.mark.parametrize("token", [8, 16])
+def test_an_enlarged_picture_lies_on_more_tokens(token):
+    picture, boxes = torch.zeros(1, 3, 1, 48, 64), torch.tensor([[8.0, 10, 24, 30], [36, 10, 52, 30]])
+    picture[:, :, 0, 14:26, 40:48] = 1.0  # the second person's face
+    for (moved, owners, place), start in zip(lay_on_grids(picture, boxes, 2, token, 1.5), (0, token // 2)):
+        h, w = (token * round(n * 1.5 / token) for n in (48, 64))
+        assert place[1:] == (slice(start, start + h), slice(start, start + w)) and -1 <= moved.min() and moved.max() <= 1
+        inside = moved[0, 0, 0][place[1:]]
+        assert inside.shape == (h, w) and round(inside[:, w // 2 :].sum().item() / (h * w / 48 / 64)) in range(90, 103)  # 96 pixels are bright
+        y, x = start + round(20 * h / 48), start + round(44 * w / 64)
+        assert moved[0, 0, 0, y, x] > 0.9 and owners.shape == (2, moved.shape[-2] * moved.shape[-1] // token**2)
+        assert owners[0].view(moved.shape[-2] // token, -1)[y // token, x // token] == 2
+    (same, _, _), (other, _, _) = lay_on_grids(picture, boxes, 1, token)[0], lay_on_grids(picture, boxes, 1, token, 1.01)[0]
+    assert torch.equal(same, picture) and torch.equal(other, picture)  # less than half a token is none
+
+
+def test_a_film_from_a_larger_grid_has_the_size_of_the_portrait(pipeline):
+    films = {times: pipeline(PORTRAIT, DRIVERS, frames=4, looks=1, enlarge=times, show=False).frames.astype(float) for times in (1.0, 1.25)}
+    assert films[1.0].shape == films[1.25].shape
+    off = [np.square(films[1.25][:, y : y + 40] - films[1.0][:, :40]).mean() for y in (0, 4)]
+    assert 0 < off[0] < 0.5 * off[1]  # the same picture, in the same place
+    for wrong in (0.5, 5.0, float("nan")):
+        with pytest.raises(ValueError, match="want enlarge between 1 and 4"):
+            pipeline(PORTRAIT, DRIVERS, frames=4, enlarge=wrong, show=False)
 
 
 def test_a_film_of_two_looks_is_the_mean_of_both_and_nearer_to_the_truth(pipeline, monkeypatch):

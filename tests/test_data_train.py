@@ -1,6 +1,7 @@
 import copy
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -572,6 +574,43 @@ def test_new_views_move_pictures_weights_and_regions_alike():
     assert r(torch.stack(edges), centre(moved["weight"])) > 0.6
     with pytest.raises(ValueError, match="linear code"):
         train_module.NewViews(VideoVAE(replace(vae.config, linear=False)))
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_enlarged_stills_show_the_same_on_more_tokens(side):
+    vae, g, (h, w) = VideoVAE.from_pretrained(data_samples("weights", "tiny", "vae")).eval(), torch.Generator().manual_seed(0), (8, 12)
+    views, plain, grow = train_module.NewViews(vae, 1.5), train_module.NewViews(vae), torch.nn.functional.interpolate
+    picture = grow(torch.rand(16, 3, 16, 24, generator=g), scale_factor=4, mode="bicubic").clamp(0, 1) * 1.6 - 0.8
+    latents = plain.latents(picture)[:, :, None]
+    owners = (1 + (torch.arange(w // side) >= w // side // 2)).to(torch.uint8).expand(16, 1, h // side, -1).flatten(2)
+    weight = grow(torch.rand(16, 1, 4, 6, generator=g), (h, w), mode="bilinear")[:, :, None]
+    batch = {"portrait": latents, "latents": latents, "weight": weight, "owners": owners}
+    larger = views(batch, g, 0.0)
+    assert larger["latents"].shape == larger["portrait"].shape == (16, 48, 1, 12, 18) and larger["weight"].shape == (16, 1, 1, 12, 18)
+    want = grow(plain.pixels(latents[:, :, 0]), (96, 144), mode="bicubic", align_corners=False).clamp(-1, 1)
+    torch.testing.assert_close(larger["latents"][:, :, 0], views.latents(want), atol=1e-3, rtol=1e-3)
+    assert torch.equal(larger["owners"], grow(owners.view(16, 1, h // side, w // side).float(), (12 // side, 18 // side)).to(torch.uint8).flatten(2))
+    torch.testing.assert_close(larger["weight"].mean(), weight.mean(), atol=0.02, rtol=0)
+    moved = views(batch, g, 1.0)
+    assert moved["latents"].shape == larger["latents"].shape and not torch.equal(moved["owners"], larger["owners"])
+    assert all(set(one.unique().tolist()) == {1, 2} for one in moved["owners"])
+
+
+def test_training_on_a_larger_grid_says_so_in_the_weights(tmp_path, capsys):
+    arguments = ["--stage", "stills", "--batch", "2", "--threads", "1", "--cache", str(tmp_path / "cache")]
+    assert main([*arguments, "--clips", "1", "--enlarge", "1.5", "--steps", "2", "--samples", "2", "--run", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "run/weights/pipeline.json").read_text())["enlarge"] == 1.5
+    drawn = cv2.imread(str(tmp_path / "run/samples/step-000002.png"))
+    assert drawn.shape[0] % 96 == 0 and drawn.shape[1] % (3 * 8) == 0  # 64 pixels high as drawn, 96 as learned from
+    wrong = [("0.5", "want enlarge between 1 and 4"), ("nan", "want enlarge between 1 and 4"), ("1.6", "belongs to another run.*enlarge")]
+    for value, said in wrong:
+        resume = ["--resume", "--run", str(tmp_path / "run")] if value == "1.6" else ["--run", str(tmp_path / "other")]
+        assert main([*arguments, "--clips", "1", "--enlarge", value, "--steps", "3", *resume]) == 2 and re.search(said, capsys.readouterr().err)
+    clips = ["--stage", "clips", "--clips", "1", "--enlarge", "1.5", "--run", str(tmp_path / "clips")]
+    assert main(clips) == 2 and "want a stage that learns from stills for --enlarge, got --stage clips" in capsys.readouterr().err
+    assert main(["--enlarge", "1.5", "--run", str(tmp_path / "all")]) == 2 and "--enlarge belong to one stage" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="NewViews of the same, got 1.5, views=None"):
+        train(small_animator(), None, TrainConfig(steps=1, enlarge=1.5))
 
 
 def test_training_with_new_views_resumes_exactly(tmp_path, capsys):
