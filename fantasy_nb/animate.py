@@ -37,7 +37,7 @@ from .expression import ExpressionEncoder, Features
 from .flow import euler, guided, heun, multistep, time_grid, to_velocity
 from .tokens import strengthen
 from .tracking import FaceTrack, align_crop, track_faces
-from .train import Animator, image_condition, owners_from_portrait
+from .train import Animator, enlarged, image_condition, owners_from_portrait
 from .vae import VideoVAE, decode_stream, in_pieces
 
 # %% ../nbs/11_animate.ipynb #cell-008
@@ -48,7 +48,7 @@ SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep}
 class PipelineConfig:
     "How a set of weights wants to be used."
 
-    face_height: float = 47.5  # pixels: the mean size of faces in training
+    face_height: float = 47.5  # pixels: the mean size of faces in training, before they are enlarged
     most_pixels: int = 96 * 1024  # a larger working picture is refused: its faces would be many and small
     window: int = 0  # latent frames a window has beside the portrait's; 0: no windows, every frame by itself
     overlap: int = 1  # latent frames that neighbouring windows share
@@ -87,7 +87,7 @@ def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     "Area averaging when it shrinks, cubic when it grows."
     import cv2
 
-    smaller = size[0] < picture.shape[0]
+    smaller = size[0] < picture.shape[0] or size[1] < picture.shape[1]
     return cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
 
 # %% ../nbs/11_animate.ipynb #cell-010
@@ -274,8 +274,8 @@ def film_velocity(
 
 # %% ../nbs/11_animate.ipynb #cell-027
 def frames_velocity(animator: Animator, config: PipelineConfig, portrait: Tensor, features: Tensor, owners: Tensor, at_once: int = 64) -> Callable:
-    "As `film_velocity`, with every frame by itself: x (1 c f h w) holds one latent frame for each frame of the film."
-    pieces = []
+    "As `film_velocity`, with every frame by itself: x (1 c f h w) holds one latent frame for each frame of the film. At most `at_once` frames, and 32,768 tokens, are in work."
+    pieces, at_once = [], max(1, min(at_once, 32768 // owners.shape[-1]))
     for part in features[:, 1:].split(at_once, 1):
         moments = torch.stack([features[:, :1].expand_as(part), part], 2).transpose(0, 1)  # the portrait's own, then the frame's
         expression, mask = animator.listen(moments, owners[:1].expand(part.shape[1], 1, -1), stills=True)
@@ -320,9 +320,11 @@ def lay_on_grids(
     token: int,  # side in pixels
     enlarge: float = 1.0,  # about: by whole tokens
 ) -> list[tuple[Tensor, Tensor, tuple]]:
-    "The picture, enlarged, on `looks` grids of tokens, edges repeated: pictures, their owners (2 k) and where in them the picture lies."
-    size = h, w = [token * round(n * enlarge / token) for n in picture.shape[-2:]]
-    if size != list(picture.shape[-2:]):
+    "The picture, enlarged, on `looks` grids of tokens, edges repeated: pictures, their owners (2 k) and where in them the picture lies. Raises ValueError for a picture that is not made of whole tokens."
+    if any(n % token for n in picture.shape[-2:]):
+        raise ValueError(f"want height and width that are multiples of {token}, got {tuple(picture.shape[-2:])}")
+    size = h, w = enlarged(picture.shape[-2:], enlarge, token)
+    if size != tuple(picture.shape[-2:]):
         boxes = boxes * boxes.new_tensor([w / picture.shape[-1], h / picture.shape[-2]] * 2)
         picture = F.interpolate(picture[:, :, 0], size, mode="bicubic", align_corners=False).clamp(-1, 1)[:, :, None]
     half, laid = token // 2, []
@@ -553,7 +555,7 @@ class PortraitPipeline(StoredPipeline):
         laid = lay_on_grids(picture, boxes, how.looks, 8 * self.animator.dit.config.patch[1], how.enlarge)
         with self.at_work(self.vae) as vae:
             portraits = [vae.encode(picture) for picture, _, _ in laid]
-        rounds, found, film = [(look, k) for look in range(len(laid)) for k in range(how.draws)], [0] * len(laid), 0
+        rounds, found, film, size = [(look, k) for look in range(len(laid)) for k in range(how.draws)], [0] * len(laid), 0, tuple(picture.shape[-2:])
         bar = tqdm(rounds, desc="denoising", unit="film", disable=not show or len(rounds) == 1)
         with self.at_work(self.animator) as animator:
             for done, (look, k) in enumerate(bar):
@@ -563,10 +565,9 @@ class PortraitPipeline(StoredPipeline):
         with self.at_work(self.vae) as vae:
             for done, (latents, (_, _, place)) in enumerate(zip(found, laid)):
                 watch = lambda stage, share, done=done: self.watch(stage, (done + share) / len(laid))  # noqa: E731
-                film = film + decode_film(vae, latents, how.window, watch)[place].astype(np.float32)
-        film, size = film / len(laid), tuple(picture.shape[-2:])
-        film = film if film.shape[1:3] == size else np.stack([resize(frame, size) for frame in film])
-        return film.round().astype(np.uint8)
+                look = decode_film(vae, latents, how.window, watch)[place].astype(np.float32)
+                film = film + (look if look.shape[1:3] == size else np.stack([resize(frame, size) for frame in look]))
+        return (film / len(laid)).round().clip(0, 255).astype(np.uint8)
 
     @torch.no_grad()
     def __call__(

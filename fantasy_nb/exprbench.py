@@ -447,7 +447,7 @@ class Studio:
 
     @torch.no_grad()
     def reconstruction(self, case: Case) -> np.ndarray:  # uint8 (f-1 h w 3)
-        "The true film through the VAE and back, as these weights use it."
+        "The true film through the VAE and back, frame by frame or in windows as these weights use it (not enlarged)."
         vae, video = self.pipeline.vae, as_video(case.film).to(self.pipeline.device)
         if self.settings.window:
             return as_bytes(vae.decode(vae.encode(video))[:, :, 1:])
@@ -939,7 +939,7 @@ def train_ablation(base: str | Path, cache: Path, ablation: Ablation, out: Path,
     with obeying(animator, ablation.rule):
         ema = train(animator, clips, config, out, resume=True, channels=channel_weights(pipeline.vae), show=show)
     animator.load_state_dict(ema.shadow)
-    pipeline.animator = animator.eval()
+    pipeline.animator, pipeline.settings = animator.eval(), replace(pipeline.settings, enlarge=config.enlarge)
     pipeline.save_pretrained(out)
     if scale:
         save_file(scale, out / "landmarks.safetensors")

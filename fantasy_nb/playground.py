@@ -31,6 +31,7 @@ from .data import zoom_in
 from .faces import EMOTIONS, Expression, Identity, Scene, render_face, render_scene
 from .regions import ExpressionAttention, attention_mask, face_regions, pool_regions
 from .tokens import TokenConfig
+from .train import enlarged
 
 # %% ../nbs/14_playground.ipynb #cell-009
 def jpeg_bytes(picture, quality: int = 92) -> bytes:
@@ -411,7 +412,7 @@ def listen_in(
     return (
         weights,
         np.pad(made.frames[0], [(0, a - b) for a, b in zip(working.shape[:2], made.frames[0].shape[:2])] + [(0, 0)], mode="edge"),
-        (working.shape[0] // token, working.shape[1] // token),
+        tuple(n // token for n in enlarged(working.shape[:2], pipeline.settings.enlarge, token)),
     )
 
 # %% ../nbs/14_playground.ipynb #cell-036

@@ -6,13 +6,13 @@
 __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'SHARD', 'EVERYTHING', 'LOGGED', 'PICTURES', 'STAGES',
            'ONE_AFTER_THE_OTHER', 'image_condition', 'new_tokens', 'Animator', 'paint_boxes', 'place_weight',
            'loss_weight', 'channel_weights', 'owners_from_portrait', 'as_stored', 'encode_clip', 'encode_stills',
-           'pick_moments', 'mirrored', 'NewViews', 'encode_shard', 'encode_clips', 'LatentClips', 'TrainConfig',
-           'step_generator', 'pixel_decoder', 'absolute_errors', 'weight_of_pixels', 'animator_loss', 'EMA',
-           'make_accelerator', 'leave_group', 'whole', 'spread_like', 'save_checkpoint', 'load_checkpoint',
+           'pick_moments', 'mirrored', 'enlarged', 'NewViews', 'encode_shard', 'encode_clips', 'LatentClips',
+           'TrainConfig', 'step_generator', 'pixel_decoder', 'absolute_errors', 'weight_of_pixels', 'animator_loss',
+           'EMA', 'make_accelerator', 'leave_group', 'whole', 'spread_like', 'save_checkpoint', 'load_checkpoint',
            'carries_expression', 'parameter_groups', 'forget_expression', 'held_out_loss', 'check_run', 'one_step',
            'train', 'append_log', 'Watcher', 'build_parser', 'add_stage', 'add_scenes', 'add_course', 'add_machine',
            'add_run', 'main', 'start_processes', 'fingerprint', 'stamp_cache', 'as_heard', 'pictures_of', 'fill_caches',
-           'load_animator', 'run_stage', 'run_training']
+           'load_animator', 'recommended_grid', 'run_stage', 'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-005
 import argparse
@@ -207,7 +207,7 @@ def owners_from_portrait(
     frames: int,  # 4n+1
     token: int = TOKEN,  # side of a token in pixels
 ) -> Tensor:  # (t n) uint8
-    "Each person's region: the portrait's face box, widened, for the whole clip. The same rule in training and animation."
+    "Each person's region: the portrait's face box, widened, for the whole clip. The same rule in training and animation (but stills that `NewViews` moves or enlarges take their regions along, rounded to tokens twice)."
     regions = face_regions(portrait_boxes(boxes, 5 if frames > 1 else 1), size, REGION_MARGIN)
     owners = pool_regions(regions, len(boxes), token)
     return owners if frames == 1 else torch.cat([owners[:1], owners[1:].expand((frames - 1) // 4, -1)])
@@ -259,12 +259,17 @@ def mirrored(clip: Clip, seed: int) -> Clip:
     return Clip(frames, torch.stack([width - x1, y0, width - x0, y1], -1), clip.crops.flip(-1), [])
 
 # %% ../nbs/10_train.ipynb #cell-026
+def enlarged(size: tuple[int, int], times: float, token: int) -> tuple[int, int]:
+    "Height and width so many times as large, each rounded to whole tokens."
+    return tuple(token * max(1, round(n * times / token)) for n in size)
+
+
 class NewViews:
     "Scenes of stills laid anew: portrait and moments of a scene under one shift (up to 7 % of the height sideways, 6 % up or down), one zoom (.91 to 1.23) and one lamp; all of them on a grid `enlarge` times as large. Needs a VAE with a linear code."
 
     def __init__(self, vae: VideoVAE, enlarge: float = 1.0):
         if vae.code is None:
-            raise ValueError("want a VAE with a linear code for new views of stills, got one without")
+            raise ValueError("want a VAE with a linear code for new views of stills and larger grids, got one without")
         self.vae, self.enlarge, (c, _) = vae, enlarge, vae.code.down.weight.shape
         self.down = vae.code.down.weight.detach().view(c, 3, 4, 64).sum(2).flatten(1)  # a still's block holds its frame four times
 
@@ -278,17 +283,13 @@ class NewViews:
         raw = rearrange(pixels, "n c (h i) (w j) -> n h w (c i j)", i=8, j=8) @ self.down.to(pixels).T + self.vae.code.down.bias.to(pixels)
         return ((raw.permute(0, 3, 1, 2)[:, :, None] - self.vae.latents_mean) / self.vae.latents_std)[:, :, 0]
 
-    def size(self, h: int, w: int, side: int) -> tuple[int, int]:
-        "Of the new grid, in latents: whole tokens of `side` latents."
-        return tuple(side * round(n * self.enlarge / side) for n in (h, w))
-
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor], g: torch.Generator, share: float, count: int = 2) -> dict[str, Tensor]:
         "What `pick_moments` gives, `count` moments a scene; this share of the scenes is moved."
         portrait, moments, weight = batch["portrait"][:, :, 0], batch["latents"][:, :, 0], batch["weight"][:, :, 0]
         (h, w), b = moments.shape[-2:], len(moments) // count
         side = round((h * w / batch["owners"].shape[-1]) ** 0.5)
-        new_h, new_w = self.size(h, w, side)
+        new_h, new_w = enlarged((h, w), self.enlarge, side)
         scene, on = torch.arange(b).repeat_interleave(count), (torch.rand(b, generator=g) < share).float()
         zoom = (on * (torch.rand(b, generator=g) * 0.30 - 0.09)).exp()
         shift = on[:, None] * (torch.rand(b, 2, generator=g) * 2 - 1) * torch.tensor([0.14 * h / w, 0.12])
@@ -336,7 +337,7 @@ class NewViews:
         same = torch.tensor([torch.equal(a.unique(), b.unique()) for a, b in zip(after, owners)], device=owners.device)
         return torch.where(same.view(-1, 1, 1, 1), after, before).flatten(2)
 
-# %% ../nbs/10_train.ipynb #cell-029
+# %% ../nbs/10_train.ipynb #cell-030
 SHARD = 25  # clips a file of the cache
 
 
@@ -381,7 +382,7 @@ def encode_clips(
         for count in in_processes(encode_shard, jobs, processes):
             bar.update(count)
 
-# %% ../nbs/10_train.ipynb #cell-030
+# %% ../nbs/10_train.ipynb #cell-031
 class LatentClips:
     "The cache in memory. A batch is a pure function of the step, so that a resumed run sees what the broken one would have seen."
 
@@ -418,7 +419,7 @@ class LatentClips:
         "A random batch."
         return self.stack(self.draw(size, g))
 
-# %% ../nbs/10_train.ipynb #cell-032
+# %% ../nbs/10_train.ipynb #cell-033
 @dataclass(frozen=True)
 class TrainConfig:
     "What a training run is; the same config and seed give the same weights on the same machine."
@@ -450,12 +451,12 @@ class TrainConfig:
         end = max(1, round(self.decay * self.steps))
         return self.lr * min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / end))
 
-# %% ../nbs/10_train.ipynb #cell-033
+# %% ../nbs/10_train.ipynb #cell-034
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     "All randomness of one step (in one process) comes from here."
     return torch.Generator().manual_seed(seed * 10_000_019 + step + rank * 1_000_000_007)
 
-# %% ../nbs/10_train.ipynb #cell-037
+# %% ../nbs/10_train.ipynb #cell-038
 def pixel_decoder(vae: VideoVAE):  # latents (b c t h w) -> video (b 3 f 8h 8w)
     "The quickest way to pixels that gradients can take: the linear code where the VAE has one, else all of its decoder. Freezes the VAE."
     vae.requires_grad_(False)
@@ -477,10 +478,12 @@ def weight_of_pixels(weight: Tensor) -> Tensor:  # (b 1 t h w) -> (b 1 4(t-1)+1 
     weight = weight.repeat_interleave(8, -1).repeat_interleave(8, -2)
     return torch.cat([weight[:, :, :1], weight[:, :, 1:].repeat_interleave(4, 2)], 2)
 
-# %% ../nbs/10_train.ipynb #cell-038
+# %% ../nbs/10_train.ipynb #cell-039
 def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainConfig, g: torch.Generator, decode=None, views: NewViews | None = None):
     "Flow-matching loss of one batch (chapter 08's `flow_loss`), weighted by `batch['weight']`; `decode` (of `pixel_decoder`) where the loss is of pixels, `views` where stills are to be moved."
     stills = batch["features"].shape[2] == batch["latents"].shape[2]
+    if stills and config.enlarge != (views.enlarge if views else 1):
+        raise ValueError(f"want NewViews that enlarge stills {config.enlarge:g} times, got {views and views.enlarge}")
     batch = pick_moments(batch, g) if stills else batch | {"portrait": batch["latents"][:, :, :1]}
     batch = views(batch, g, config.new_views) if stills and views and (config.new_views or config.enlarge != 1) else batch
     latents, b = batch["latents"], len(batch["latents"])
@@ -502,7 +505,7 @@ def animator_loss(animator: Animator, batch: dict[str, Tensor], config: TrainCon
         return flow_loss(model, latents, t, noise, config.prediction, batch["weight"])
     return flow_loss(model, latents, t, noise, "clean", weight_of_pixels(batch["weight"]), measure=absolute_errors(decode))
 
-# %% ../nbs/10_train.ipynb #cell-041
+# %% ../nbs/10_train.ipynb #cell-042
 class EMA:
     "A moving average of the weights: smoother than the weights themselves, and what is shipped."
 
@@ -516,7 +519,7 @@ class EMA:
         state, self.steps = model.state_dict(), step + 1
         get_ema_multi_avg_fn(decay)([self.shadow[name] for name in state], list(state.values()), None)
 
-# %% ../nbs/10_train.ipynb #cell-043
+# %% ../nbs/10_train.ipynb #cell-044
 def make_accelerator():
     "Accelerate's view of this process: alone, or one of several. Imports accelerate."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -545,7 +548,7 @@ def spread_like(state: dict, like: dict) -> dict:
     spread = lambda x, y: distribute_tensor(x.to(y.device), y.device_mesh, y.placements) if isinstance(y, DTensor) else x.to(y.device)  # noqa: E731
     return {name: spread(value, like[name]) for name, value in state.items()}
 
-# %% ../nbs/10_train.ipynb #cell-044
+# %% ../nbs/10_train.ipynb #cell-045
 EVERYTHING = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered, on the CPU, in the first process
 
 
@@ -558,12 +561,13 @@ def save_checkpoint(path: Path, step: int, animator: Animator, optimizer, ema: E
         with atomic(path) as part:
             torch.save(state, part)
 
-# %% ../nbs/10_train.ipynb #cell-045
+# %% ../nbs/10_train.ipynb #cell-046
 def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config: TrainConfig) -> int:  # the next step
     "Restore a run in place. Raises ValueError where the file is broken or the config another."
     state = read_checkpoint(path)
     now = asdict(config)
-    changed = {k: (v, now.get(k)) for k, v in state["config"].items() if k != "steps" and v != now.get(k)}
+    then = asdict(TrainConfig()) | state["config"]  # what an older checkpoint does not know it did not do
+    changed = {k: (v, now.get(k)) for k, v in then.items() if k != "steps" and v != now.get(k)}
     if changed:
         raise ValueError(f"{path} belongs to another run: {changed} (stored, asked for); start a new run or keep its settings")
     set_model_state_dict(animator, state["model"], options=StateDictOptions(full_state_dict=True))
@@ -572,7 +576,7 @@ def load_checkpoint(path: Path, animator: Animator, optimizer, ema: EMA, config:
     ema.steps, ema.shadow = state["step"], spread_like({k: v.clone() for k, v in state["ema"].items()}, ema.shadow)
     return state["step"]
 
-# %% ../nbs/10_train.ipynb #cell-047
+# %% ../nbs/10_train.ipynb #cell-048
 def carries_expression(name: str) -> bool:
     "Is this parameter of the animator part of the expression's way (tokens and expression memories), or of the base?"
     return name.startswith("tokens.") or ".memories.expression." in name
@@ -599,18 +603,20 @@ def forget_expression(animator: Animator) -> Animator:
         nn.init.xavier_uniform_(memory.key.weight), nn.init.zeros_(memory.value.weight)
     return animator
 
-# %% ../nbs/10_train.ipynb #cell-048
+# %% ../nbs/10_train.ipynb #cell-049
 @torch.no_grad()
-def held_out_loss(animator: Animator, clips: LatentClips, indices: list[int], config: TrainConfig, decode=None) -> float:
+def held_out_loss(
+    animator: Animator, clips: LatentClips, indices: list[int], config: TrainConfig, decode=None, views: NewViews | None = None
+) -> float:
     "Mean loss of some clips at fixed times and noise, one clip at a time."
     losses = []
     for index in indices:
         g = torch.Generator().manual_seed(index)
         batch = {k: v.to(next(animator.parameters()).device) for k, v in clips.stack([index]).items()}
-        losses.append(animator_loss(animator, batch, replace(config, drop_expression=0.0, drop_image=0.0), g, decode).loss.item())
+        losses.append(animator_loss(animator, batch, replace(config, drop_expression=0.0, drop_image=0.0, new_views=0.0), g, decode, views).loss.item())
     return sum(losses) / len(losses)
 
-# %% ../nbs/10_train.ipynb #cell-050
+# %% ../nbs/10_train.ipynb #cell-051
 def check_run(config: TrainConfig, world: int, decode, views=None) -> None:
     "Raise ValueError for settings that cannot be trained with."
     if config.batch % world:
@@ -626,7 +632,7 @@ def check_run(config: TrainConfig, world: int, decode, views=None) -> None:
     if not 1 <= config.enlarge <= 4 or config.enlarge != (views.enlarge if views else 1):
         raise ValueError(f"want enlarge between 1 and 4, and NewViews of the same, got {config.enlarge}, views={views and views.enlarge}")
 
-# %% ../nbs/10_train.ipynb #cell-051
+# %% ../nbs/10_train.ipynb #cell-052
 def one_step(
     model, optimizer, batch: dict[str, Tensor], config: TrainConfig, step: int, accelerator, decode, views=None
 ) -> tuple:  # FlowLoss, gradient norm
@@ -642,7 +648,7 @@ def one_step(
     optimizer.step()
     return out, norm
 
-# %% ../nbs/10_train.ipynb #cell-052
+# %% ../nbs/10_train.ipynb #cell-053
 def train(
     animator: Animator,
     clips: LatentClips,
@@ -693,7 +699,7 @@ def train(
             break
     return ema
 
-# %% ../nbs/10_train.ipynb #cell-053
+# %% ../nbs/10_train.ipynb #cell-054
 LOGGED = ("step", "loss", "gradient_norm", "seconds", *(f"loss_{k}_to_{k + 25}" for k in (0, 25, 50, 75)))
 
 
@@ -706,7 +712,7 @@ def append_log(path: Path, rows: list[tuple]) -> None:
         writer = csv.writer(handle)
         writer.writerows(([LOGGED] if new else []) + rows)
 
-# %% ../nbs/10_train.ipynb #cell-061
+# %% ../nbs/10_train.ipynb #cell-062
 PICTURES = {  # what is drawn, how it is encoded, how many scenes
     "tiny": {
         "stills": (ClipConfig(frames=5, stills=True), encode_stills, 3450),
@@ -729,7 +735,7 @@ STAGES = {  # what to learn from, and how
 # what `fantasy-train` does if no stage is named; tiny has no small pictures and begins with stills
 ONE_AFTER_THE_OTHER = ("small", "stills", "clips", "mixed")
 
-# %% ../nbs/10_train.ipynb #cell-071
+# %% ../nbs/10_train.ipynb #cell-072
 class Watcher:
     "Pictures (and, where asked for, TensorBoard) of a run while it goes on."
 
@@ -806,7 +812,7 @@ class Watcher:
         if self.writer:
             self.writer.close()
 
-# %% ../nbs/10_train.ipynb #cell-074
+# %% ../nbs/10_train.ipynb #cell-075
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-train`."
     parser = OneLineParser(
@@ -875,10 +881,10 @@ def add_scenes(group) -> None:
         type=float,
         default=None,
         metavar="TIMES",
-        help="lay stills on a grid so many times as large: more tokens for each face, and more work (default: 1); the weights recommend it to the animation",
+        help="lay stills on a grid so many times as large, rounded to whole tokens: more of them for each face, and more work; the weights recommend it to the animation (default: what those in --init recommend, or 1)",
     )
 
-# %% ../nbs/10_train.ipynb #cell-076
+# %% ../nbs/10_train.ipynb #cell-077
 def add_course(group) -> None:
     "What a `TrainConfig` says."
     group.add_argument("--steps", type=int, default=None, help="training steps of the stage (default: the stage's, 2800 to 22500)")
@@ -937,7 +943,7 @@ def add_run(group) -> None:
         help="write the averaged weights and the parts they need here, for `fantasy-animate --weights` (default: RUN/weights)",
     )
 
-# %% ../nbs/10_train.ipynb #cell-077
+# %% ../nbs/10_train.ipynb #cell-078
 def main(arguments=None) -> int:
     "`fantasy-train`: encode clips, train, write weights."
     args = build_parser().parse_args(arguments)
@@ -951,7 +957,7 @@ def main(arguments=None) -> int:
         print(f"fantasy-train: {error}", file=sys.stderr)
         return 2
 
-# %% ../nbs/10_train.ipynb #cell-079
+# %% ../nbs/10_train.ipynb #cell-080
 def start_processes(count: int, arguments: list[str], entry=main) -> int:
     "Call `entry(arguments)` in several processes, as `torchrun --standalone --nproc-per-node COUNT` would; the worst exit code. Raises ValueError where one of them stopped."
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -967,7 +973,7 @@ def start_processes(count: int, arguments: list[str], entry=main) -> int:
         said = error.get_first_failure()[1].message
         raise ValueError(f"a process stopped: {said['message'] if isinstance(said, dict) else said}") from None
 
-# %% ../nbs/10_train.ipynb #cell-081
+# %% ../nbs/10_train.ipynb #cell-082
 def fingerprint(module: nn.Module) -> str:
     "Of a network's weights: sixteen hexadecimal digits."
     digest = hashlib.sha256()
@@ -991,7 +997,7 @@ def stamp_cache(folder: Path, made_of: dict, write: bool = True) -> None:
         with atomic(path) as part:
             part.write_text(json.dumps(made_of, indent=2))
 
-# %% ../nbs/10_train.ipynb #cell-082
+# %% ../nbs/10_train.ipynb #cell-083
 def as_heard(config: ClipConfig, encoder: ExpressionEncoder) -> ClipConfig:
     "Pictures whose drivers are cropped as the encoder wants them."
     return replace(config, crop=encoder.config.image_size, closer=encoder.config.closer)
@@ -1049,7 +1055,7 @@ def fill_caches(
         raise ValueError(f"want a stage that learns from clips for --data, got --stage {args.stage}")
     return folders
 
-# %% ../nbs/10_train.ipynb #cell-084
+# %% ../nbs/10_train.ipynb #cell-085
 def load_animator(args: argparse.Namespace, stage: str, init: Path | None, device) -> Animator:
     "Random weights, or those in `init` (zeros for an origin that they lack); an adapter begins with a new expression memory. Raises ValueError where sizes differ."
     animator = getattr(Animator, args.config)()
@@ -1065,7 +1071,13 @@ def load_animator(args: argparse.Namespace, stage: str, init: Path | None, devic
     animator.dit.gradient_checkpointing = args.recompute
     return animator.to(device).train()
 
-# %% ../nbs/10_train.ipynb #cell-086
+# %% ../nbs/10_train.ipynb #cell-087
+def recommended_grid(folder: Path | None) -> float:
+    "How much larger the weights in a folder want pictures laid."
+    path = Path(folder or "") / "pipeline.json"
+    return json.loads(path.read_text()).get("enlarge", 1.0) if folder and path.is_file() else 1.0
+
+
 def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None, out: Path) -> bool:  # was it trained to its last step?
     "One stage of `STAGES`: fill its cache, train, write the averaged weights into `out`. Raises ValueError for a run that has begun, unless it is to go on."
     asked = {name: getattr(args, name) for name in ("steps", "batch", "lr", "decay", "loss", "learn_base", "bf16", "seed", "new_views", "enlarge")}
@@ -1076,24 +1088,27 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
         raise ValueError(
             f"want a cache with folders {' and '.join(kinds)} in it, found clips-*.safetensors in {cache} itself: move them one folder down"
         )
+    if "clips" not in kinds:
+        asked["enlarge"] = asked["enlarge"] or recommended_grid(init)
+    elif asked["enlarge"]:
+        raise ValueError(f"want a stage that learns from stills alone for --enlarge, got --stage {stage}")
     config, device = replace(config, **{k: v for k, v in asked.items() if v is not None}), default_device()
     parts = args.parts or data_samples("weights", args.config)
     vae, encoder = (
         VideoVAE.from_pretrained(parts / "vae").to(device).eval(),
         ExpressionEncoder.from_pretrained(args.encoder or parts / "encoder").to(device).eval(),
     )
+    decode, views = pixel_decoder(vae), NewViews(vae, config.enlarge) if config.new_views or config.enlarge != 1 else None
+    check_run(config, world, decode, views)  # before anything is drawn
     torch.manual_seed(config.seed)
     animator = load_animator(args, stage, init, device)
     if (run / "checkpoint.pt").exists() and not args.resume:
         raise ValueError(f"want --resume to go on with {run}, or another --run: {run / 'checkpoint.pt'} is there")
-    if config.enlarge != 1 and not any(PICTURES[args.config][kind][0].stills for kind in kinds):
-        raise ValueError(f"want a stage that learns from stills for --enlarge, got --stage {stage}")
     token = 8 * animator.dit.config.patch[1]
     folders = fill_caches(args, kinds, cache, vae, encoder, token, device, rank, world)
     accelerator.wait_for_everyone()
     scenes = PICTURES[args.config][kinds[0]]
     unseen, encode = SceneClips(as_heard(scenes[0], encoder), seed=999, device=device), partial(scenes[1], token=token)
-    views = NewViews(vae, config.enlarge) if config.new_views or config.enlarge != 1 else None
     watch = Watcher(run, unseen, encode, vae, encoder, animator, config, args.samples, args.tensorboard, rank == 0, views)
     ema = train(
         animator,
@@ -1103,7 +1118,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
         args.resume,
         args.max_minutes,
         channels=channel_weights(vae),
-        decode=pixel_decoder(vae),
+        decode=decode,
         views=views,
         watch=watch,
     )
@@ -1127,7 +1142,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
     accelerator.wait_for_everyone()
     return ema.steps >= config.steps
 
-# %% ../nbs/10_train.ipynb #cell-088
+# %% ../nbs/10_train.ipynb #cell-089
 def run_training(args: argparse.Namespace) -> int:
     "What `fantasy-train` does once its arguments are read: one stage, or all of them, each from the weights of the one before."
     run = args.run or Path(f"runs/{args.config}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fantasy_nb.animate import (Animation, PipelineConfig, PortraitPipeline, blend_windows, check_assignment, fit_portrait, lay_on_grids, load_driver, main, window_starts)
+from fantasy_nb.animate import (Animation, PipelineConfig, PortraitPipeline, blend_windows, check_assignment, fit_portrait, lay_on_grids, load_driver, main, resize, window_starts)
 from fantasy_nb.core import data_samples, read_image, read_video, write_image, write_video
 from fantasy_nb.faces import paint_background, pixel_grid, Identity
 from fantasy_nb.tracking import measure_expression, track_faces
@@ -298,6 +298,8 @@ def test_an_enlarged_picture_lies_on_more_tokens(token):
         assert owners[0].view(moved.shape[-2] // token, -1)[y // token, x // token] == 2
     (same, _, _), (other, _, _) = lay_on_grids(picture, boxes, 1, token)[0], lay_on_grids(picture, boxes, 1, token, 1.01)[0]
     assert torch.equal(same, picture) and torch.equal(other, picture)  # less than half a token is none
+    with pytest.raises(ValueError, match=f"multiples of {token}, got .52, 64."):
+        lay_on_grids(torch.zeros(1, 3, 1, 52, 64), boxes, 1, token, 1.5)
 
 
 def test_a_film_from_a_larger_grid_has_the_size_of_the_portrait(pipeline):
@@ -305,6 +307,10 @@ def test_a_film_from_a_larger_grid_has_the_size_of_the_portrait(pipeline):
     assert films[1.0].shape == films[1.25].shape
     off = [np.square(films[1.25][:, y : y + 40] - films[1.0][:, :40]).mean() for y in (0, 4)]
     assert 0 < off[0] < 0.5 * off[1]  # the same picture, in the same place
+    both, windows = (pipeline(PORTRAIT, DRIVERS, frames=4, looks=2, enlarge=1.25, window=n, show=False).frames.astype(float) for n in (0, 1))
+    assert both.shape == windows.shape == films[1.0].shape and 0 < np.square(both - films[1.25]).mean() < off[0] + np.square(both - films[1.0]).mean()
+    grain = np.random.default_rng(0).choice([0.0, 255.0], (64, 104, 3)).astype(np.float32)
+    assert 0 <= resize(grain, (64, 96)).min() and resize(grain, (64, 96)).max() <= 255  # narrower counts as smaller
     for wrong in (0.5, 5.0, float("nan")):
         with pytest.raises(ValueError, match="want enlarge between 1 and 4"):
             pipeline(PORTRAIT, DRIVERS, frames=4, enlarge=wrong, show=False)
@@ -318,7 +324,7 @@ def test_a_film_of_two_looks_is_the_mean_of_both_and_nearer_to_the_truth(pipelin
     for people, k in ((1, 0), (1, 1), (2, 0), (2, 1)):
         clip = weights.clips(people, 9)[k]
         video, features, boxes = weights.read(clip)
-        how = replace(weights.settings, looks=1)
+        how = replace(weights.settings, looks=1, enlarge=1.0)
         films = {n: pipeline.paint(video[:, :, :1], features, boxes, replace(how, looks=n)).astype(float) for n in (1, 2)}
         (one, _, _), (moved, _, place) = lay_on_grids(video[:, :, :1], boxes, 2, 8)
         other = pipeline.paint(moved, features, boxes + 4, how)[place]

@@ -601,14 +601,31 @@ def test_training_on_a_larger_grid_says_so_in_the_weights(tmp_path, capsys):
     assert main([*arguments, "--clips", "1", "--enlarge", "1.5", "--steps", "2", "--samples", "2", "--run", str(tmp_path / "run")]) == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "run/weights/pipeline.json").read_text())["enlarge"] == 1.5
     drawn = cv2.imread(str(tmp_path / "run/samples/step-000002.png"))
-    assert drawn.shape[0] % 96 == 0 and drawn.shape[1] % (3 * 8) == 0  # 64 pixels high as drawn, 96 as learned from
-    wrong = [("0.5", "want enlarge between 1 and 4"), ("nan", "want enlarge between 1 and 4"), ("1.6", "belongs to another run.*enlarge")]
-    for value, said in wrong:
-        resume = ["--resume", "--run", str(tmp_path / "run")] if value == "1.6" else ["--run", str(tmp_path / "other")]
-        assert main([*arguments, "--clips", "1", "--enlarge", value, "--steps", "3", *resume]) == 2 and re.search(said, capsys.readouterr().err)
-    clips = ["--stage", "clips", "--clips", "1", "--enlarge", "1.5", "--run", str(tmp_path / "clips")]
-    assert main(clips) == 2 and "want a stage that learns from stills for --enlarge, got --stage clips" in capsys.readouterr().err
+    assert drawn.shape[:2] == (864, 648)  # as learned from; 576 rows as drawn
+    on = [*arguments, "--clips", "1", "--steps", "3", "--samples", "0"]
+    assert main([*on, "--init", str(tmp_path / "run/weights"), "--run", str(tmp_path / "on")]) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "on/weights/pipeline.json").read_text())["enlarge"] == 1.5  # what the weights were taught is kept
+    for value in ("0.5", "nan"):  # refused before anything is drawn
+        assert main(["--stage", "stills", "--clips", "1", "--enlarge", value, "--run", str(tmp_path / "other")]) == 2
+        assert "want enlarge between 1 and 4" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    path = tmp_path / "run/checkpoint.pt"
+    for stored, asked in ((1.5, "1.6"), (None, "1.5")):  # and a checkpoint that is older than the option
+        state = torch.load(path, weights_only=True)
+        state["config"].pop("enlarge")
+        torch.save(state | {"config": state["config"] | ({"enlarge": stored} if stored else {})}, path)
+        assert main([*on, "--enlarge", asked, "--resume", "--run", str(tmp_path / "run")]) == 2
+        assert re.search("belongs to another run.*enlarge", capsys.readouterr().err)
+    for stage in ("clips", "mixed"):
+        assert main(["--stage", stage, "--clips", "1", "--enlarge", "1.5", "--run", str(tmp_path / "clips")]) == 2
+        assert f"want a stage that learns from stills alone for --enlarge, got --stage {stage}" in capsys.readouterr().err
+    assert main(["--stage", "small", "--enlarge", "1.5", "--run", str(tmp_path / "small")]) == 2 and "there are none of kind small" in capsys.readouterr().err
     assert main(["--enlarge", "1.5", "--run", str(tmp_path / "all")]) == 2 and "--enlarge belong to one stage" in capsys.readouterr().err
+    config, clips = TrainConfig(steps=1, enlarge=1.5), LatentClips(tmp_path / "cache/stills")
+    with pytest.raises(ValueError, match="want NewViews that enlarge stills 1.5 times, got None"):
+        held_out_loss(small_animator(), clips, [0], config)
+    views = [train_module.NewViews(VideoVAE.from_pretrained(data_samples("weights", "tiny", "vae")), n) for n in (1.5, 1.0)]
+    losses = [held_out_loss(Animator.from_pretrained(data_samples("weights", "tiny")), clips, [0, 1], replace(config, enlarge=x.enlarge), views=x) for x in views]
+    assert losses[0] != losses[1], losses
     with pytest.raises(ValueError, match="NewViews of the same, got 1.5, views=None"):
         train(small_animator(), None, TrainConfig(steps=1, enlarge=1.5))
 
@@ -616,7 +633,7 @@ def test_training_on_a_larger_grid_says_so_in_the_weights(tmp_path, capsys):
 def test_training_with_new_views_resumes_exactly(tmp_path, capsys):
     arguments = ["--stage", "stills", "--clips", "1", "--batch", "2", "--threads", "1", "--samples", "0", "--steps", "3", "--cache", str(tmp_path / "cache")]
     for name, minutes in (("whole", []), ("pieces", ["--max-minutes", "0"]), ("plain", [])):
-        views = ["--new-views", "0.9"] if name != "plain" else []
+        views = ["--new-views", "0.9", "--enlarge", "1.2"] if name != "plain" else []
         for _ in range(3 if minutes else 1):
             assert main([*arguments, *views, *minutes, "--run", str(tmp_path / name), "--resume"]) == 0, capsys.readouterr().err
     whole, pieces, plain = (Animator.from_pretrained(tmp_path / name / "weights").state_dict() for name in ("whole", "pieces", "plain"))

@@ -1,6 +1,7 @@
 "Chapter 14: every panel moved by its own controls, without a browser (tests/test_browser.py has one)."
 import io
 import time
+from dataclasses import replace
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -180,10 +181,13 @@ def test_the_canvas_has_a_name_for_those_who_cannot_see_it():
 # --- listening in
 
 
-def test_attention_is_that_of_the_memory(pipeline):
+@pytest.mark.parametrize("enlarge", [1.0, 1.36])
+def test_attention_is_that_of_the_memory(pipeline, monkeypatch, enlarge):
+    monkeypatch.setattr(pipeline, "settings", replace(pipeline.settings, enlarge=enlarge))
     weights, made, (down, across) = listen_in(pipeline, data_samples("portrait_one.png"), data_samples("driver_a.mp4"), frame=3, steps=2)
     blocks, words = len(pipeline.animator.dit.blocks), len(word_names(pipeline.animator.tokens.config))
-    assert weights.shape == (2, blocks, down * across, words) and made.shape[:2] == (8 * down, 8 * across)
+    assert weights.shape == (2, blocks, down * across, words)
+    assert [8 * round(n * enlarge / 8) for n in made.shape[:2]] == [8 * down, 8 * across] and made.shape[0] % 8 == 0
     total = weights.sum(-1)
     assert ((total - 1).abs() < 1e-5).logical_or(total == 0).all() and (total == 0).any() and (total > 0).any()  # a face token's weights are one, the background's none
 

@@ -67,7 +67,7 @@ class Weights:
 
     @torch.no_grad()
     def reconstructed(self, video) -> np.ndarray:  # (1 3 f h w) -> uint8 (f-1 h w 3)
-        "What the VAE makes of the truth: every frame by itself, or as one film, as the weights are used."
+        "What the VAE makes of the truth (not enlarged): every frame by itself, or as one film, as the weights are used."
         vae = self.pipeline.vae
         if self.settings.window:
             return to_pixels(vae.decode(vae.encode(video))[:, :, 1:])
