@@ -919,6 +919,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fantasy_nb.train.run_training': ('train.html#run_training', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.save_checkpoint': ('train.html#save_checkpoint', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.spread_like': ('train.html#spread_like', 'fantasy_nb/train.py'),
+                                  'fantasy_nb.train.stacked': ('train.html#stacked', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.stamp_cache': ('train.html#stamp_cache', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.start_processes': ('train.html#start_processes', 'fantasy_nb/train.py'),
                                   'fantasy_nb.train.step_generator': ('train.html#step_generator', 'fantasy_nb/train.py'),

@@ -10,9 +10,9 @@ __all__ = ['FACE_WEIGHT', 'MOUTH_WEIGHT', 'GIVEN_WEIGHT', 'TOKEN', 'SHARD', 'EVE
            'TrainConfig', 'step_generator', 'pixel_decoder', 'absolute_errors', 'weight_of_pixels', 'animator_loss',
            'EMA', 'make_accelerator', 'leave_group', 'whole', 'spread_like', 'save_checkpoint', 'load_checkpoint',
            'carries_expression', 'parameter_groups', 'forget_expression', 'held_out_loss', 'check_run', 'one_step',
-           'train', 'append_log', 'Watcher', 'build_parser', 'add_stage', 'add_scenes', 'add_course', 'add_machine',
-           'add_run', 'main', 'start_processes', 'fingerprint', 'stamp_cache', 'as_heard', 'pictures_of', 'fill_caches',
-           'load_animator', 'recommended_grid', 'run_stage', 'run_training']
+           'train', 'append_log', 'stacked', 'Watcher', 'build_parser', 'add_stage', 'add_scenes', 'add_course',
+           'add_machine', 'add_run', 'main', 'start_processes', 'fingerprint', 'stamp_cache', 'as_heard', 'pictures_of',
+           'fill_caches', 'load_animator', 'recommended_grid', 'run_stage', 'run_training']
 
 # %% ../nbs/10_train.ipynb #cell-005
 import argparse
@@ -736,6 +736,12 @@ STAGES = {  # what to learn from, and how
 ONE_AFTER_THE_OTHER = ("small", "stills", "clips", "mixed")
 
 # %% ../nbs/10_train.ipynb #cell-072
+def stacked(pictures: list[np.ndarray]) -> np.ndarray:  # uint8 (h w 3) each
+    "One below the other, white beside the narrow ones."
+    widest = max(picture.shape[1] for picture in pictures)
+    return np.concatenate([np.pad(picture, ((0, 0), (0, widest - picture.shape[1]), (0, 0)), constant_values=255) for picture in pictures])
+
+
 class Watcher:
     "Pictures (and, where asked for, TensorBoard) of a run while it goes on."
 
@@ -776,14 +782,12 @@ class Watcher:
             if not self.first:
                 return
             self.answer.load_state_dict(averaged)
-            pictures = [picture for rows in self.groups.values() for picture in self.draw(rows)]
-            widest = max(picture.shape[1] for picture in pictures)
-            pictures = [np.pad(picture, ((0, 0), (0, widest - picture.shape[1]), (0, 0)), constant_values=255) for picture in pictures]
+            sheet = stacked([picture for rows in self.groups.values() for picture in self.draw(rows)])
             path = self.folder / "samples" / f"step-{step + 1:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_image(path, np.concatenate(pictures))
+            write_image(path, sheet)
             if self.writer:
-                self.writer.add_image("portrait, truth, answer", np.concatenate(pictures), step + 1, dataformats="HWC")
+                self.writer.add_image("portrait, truth, answer", sheet, step + 1, dataformats="HWC")
 
     @torch.no_grad()
     def draw(self, rows: list[dict]) -> list[np.ndarray]:  # uint8 (h w 3) each
