@@ -565,8 +565,8 @@ class PortraitPipeline(StoredPipeline):
         with self.at_work(self.vae) as vae:
             for done, (latents, (_, _, place)) in enumerate(zip(found, laid)):
                 watch = lambda stage, share, done=done: self.watch(stage, (done + share) / len(laid))  # noqa: E731
-                look = decode_film(vae, latents, how.window, watch)[place].astype(np.float32)
-                film = film + (look if look.shape[1:3] == size else np.stack([resize(frame, size) for frame in look]))
+                seen = decode_film(vae, latents, how.window, watch)[place].astype(np.float32)
+                film = film + (seen if seen.shape[1:3] == size else np.stack([resize(frame, size) for frame in seen]))
         return (film / len(laid)).round().clip(0, 255).astype(np.uint8)
 
     @torch.no_grad()
@@ -662,7 +662,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--enlarge",
         type=float,
         metavar="TIMES",
-        help="lay the portrait on a grid of tokens so many times as large and make the film smaller again: more tokens for each face, as many times more work squared (default: what the weights recommend)",
+        help="lay the portrait on a grid of tokens so many times as large and make the film smaller again: more tokens for each face, and work that grows with the square of it (default: what the weights recommend)",
     )
     parser.add_argument(
         "--window", type=int, help="latent frames that are drawn together; 0 = every frame by itself (default: what the weights recommend)"

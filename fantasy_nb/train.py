@@ -1092,10 +1092,13 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
         raise ValueError(
             f"want a cache with folders {' and '.join(kinds)} in it, found clips-*.safetensors in {cache} itself: move them one folder down"
         )
+    before = recommended_grid(init)
     if "clips" not in kinds:
-        asked["enlarge"] = asked["enlarge"] or recommended_grid(init)
-    elif asked["enlarge"]:
+        asked["enlarge"] = before if asked["enlarge"] is None else asked["enlarge"]
+    elif asked["enlarge"] is not None:
         raise ValueError(f"want a stage that learns from stills alone for --enlarge, got --stage {stage}")
+    elif before != 1 and rank == 0:
+        print(f"fantasy-train: {stage} learns from pictures as large as they are; {init} was taught with --enlarge {before:g}", file=sys.stderr)
     config, device = replace(config, **{k: v for k, v in asked.items() if v is not None}), default_device()
     parts = args.parts or data_samples("weights", args.config)
     vae, encoder = (

@@ -605,7 +605,7 @@ def test_training_on_a_larger_grid_says_so_in_the_weights(tmp_path, capsys):
     on = [*arguments, "--clips", "1", "--steps", "3", "--samples", "0"]
     assert main([*on, "--init", str(tmp_path / "run/weights"), "--run", str(tmp_path / "on")]) == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "on/weights/pipeline.json").read_text())["enlarge"] == 1.5  # what the weights were taught is kept
-    for value in ("0.5", "nan"):  # refused before anything is drawn
+    for value in ("0", "0.5", "nan"):  # refused before anything is drawn
         assert main(["--stage", "stills", "--clips", "1", "--enlarge", value, "--run", str(tmp_path / "other")]) == 2
         assert "want enlarge between 1 and 4" in capsys.readouterr().err and not (tmp_path / "other").exists()
     path = tmp_path / "run/checkpoint.pt"
@@ -615,6 +615,9 @@ def test_training_on_a_larger_grid_says_so_in_the_weights(tmp_path, capsys):
         torch.save(state | {"config": state["config"] | ({"enlarge": stored} if stored else {})}, path)
         assert main([*on, "--enlarge", asked, "--resume", "--run", str(tmp_path / "run")]) == 2
         assert re.search("belongs to another run.*enlarge", capsys.readouterr().err)
+    plain = ["--stage", "clips", "--clips", "1", "--batch", "1", "--steps", "1", "--threads", "1", "--samples", "0", "--run", str(tmp_path / "plain")]
+    assert main([*plain, "--init", str(tmp_path / "run/weights")]) == 0 and "was taught with --enlarge 1.5" in capsys.readouterr().err
+    assert json.loads((tmp_path / "plain/weights/pipeline.json").read_text())["enlarge"] == 1.0
     for stage in ("clips", "mixed"):
         assert main(["--stage", stage, "--clips", "1", "--enlarge", "1.5", "--run", str(tmp_path / "clips")]) == 2
         assert f"want a stage that learns from stills alone for --enlarge, got --stage {stage}" in capsys.readouterr().err
