@@ -62,6 +62,8 @@ class PipelineConfig:
     crop: int = 64  # pixels of the encoder's crops
     keep_roll: bool = True
     closer: float = 1.0  # and how much closer they are than the release's
+    face_only: bool = False  # hide from the encoder what is not face (`align_crop`), of drivers and of the portrait
+    exposure: float | None = None  # how bright it sees faces, 0 to 1; None: as they were filmed
     solver: str = "euler"  # or "heun", "multistep"
     interval: tuple[float, float] = (0.0, 1.0)  # times at which to guide; outside, one pass is enough
 
@@ -73,6 +75,8 @@ class PipelineConfig:
             raise ValueError(f"want 1, 2 or 4 looks, got looks={self.looks}")
         if not 1 <= self.enlarge <= 4:
             raise ValueError(f"want enlarge between 1 and 4, got enlarge={self.enlarge:g}")
+        if self.exposure is not None and not 0 < self.exposure < 1:
+            raise ValueError(f"want an exposure between 0 and 1, or None, got exposure={self.exposure:g}")
         if self.guidance < 0:
             raise ValueError(f"want guidance of at least 0 (1 = none), got guidance={self.guidance:g}")
         if self.window < 0 or (self.window and not 0 <= self.overlap < self.window):
@@ -517,7 +521,8 @@ class PortraitPipeline(StoredPipeline):
     @torch.no_grad()
     def features(self, pictures: np.ndarray, track: FaceTrack) -> Tensor:  # (f 554)
         "What a tracked face expresses."
-        crops = align_crop(pictures, track, self.settings.crop, self.settings.keep_roll, self.settings.closer)
+        how = self.settings
+        crops = align_crop(pictures, track, how.crop, how.keep_roll, how.closer, how.face_only, how.exposure)
         return torch.cat([self.encoder(part.to(self.device)).pack() for part in crops.split(64)])
 
     def performances(self, cast: Cast) -> Tensor:  # (p 1+4n 554)

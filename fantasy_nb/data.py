@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .core import OneLineParser, atomic, in_processes, open_video, pad_even, read_video, write_video
 from .faces import Expression, Identity, Scene, random_motion, render_crops, render_scene
-from .tracking import FaceTrack, align_crop, angles, head_pose, track_faces
+from .tracking import FACE_ALONE, FaceTrack, align_crop, angles, head_pose, track_faces
 
 # %% ../nbs/09_data.ipynb #cell-007
 @dataclass
@@ -508,7 +508,7 @@ class ClipFolder(torch.utils.data.Dataset):
         tracks, size = [track[chosen] for track in tracks], self.config.size(row["people"])
         boxes = grown_boxes(torch.stack([track.boxes for track in tracks], 1))
         corner, scale = frame_people(boxes, size)
-        crops = torch.stack([align_crop(frames, track, self.config.crop, True, self.config.closer) for track in tracks])
+        crops = torch.stack([align_crop(frames, track, self.config.crop, True, self.config.closer, **FACE_ALONE) for track in tracks])
         return Clip(cut_view(frames, corner, scale, size), (boxes - corner.repeat(2)) * scale, ((crops + 1) * 127.5).round().to(torch.uint8), [])
 
 # %% ../nbs/09_data.ipynb #cell-060

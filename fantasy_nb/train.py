@@ -48,6 +48,7 @@ from .expression import ExpressionEncoder
 from .flow import euler, flow_loss, loss_per_bin, time_grid, to_velocity, uniform_times
 from .regions import add_expression, attention_mask, face_regions, pool_regions
 from .tokens import ExpressionTokens, TokenConfig, window_tokens
+from .tracking import FACE_ALONE
 from .vae import VideoVAE
 
 # %% ../nbs/10_train.ipynb #cell-008
@@ -1141,6 +1142,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
             "most_pixels": 24 * scenes[0].height ** 2,
             "crop": encoder.config.image_size,
             "closer": encoder.config.closer,
+            **FACE_ALONE,
             "looks": 2 * watch.answer.dit.config.patch[1],  # longer tokens have more of an edge (chapter 11)
             "enlarge": config.enlarge,
         }

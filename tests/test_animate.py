@@ -12,7 +12,7 @@ import torch
 from fantasy_nb.animate import (Animation, PipelineConfig, PortraitPipeline, blend_windows, check_assignment, fit_portrait, lay_on_grids, load_driver, main, resize, window_starts)
 from fantasy_nb.core import data_samples, read_image, read_video, write_image, write_video
 from fantasy_nb.faces import paint_background, pixel_grid, Identity
-from fantasy_nb.tracking import measure_expression, track_faces
+from fantasy_nb.tracking import face_mask, measure_expression, track_faces
 
 PORTRAIT, DRIVERS = str(data_samples("portrait_two.png")), [str(data_samples(f"driver_{k}.mp4")) for k in "ab"]
 ONE = str(data_samples("portrait_one.png"))
@@ -455,6 +455,22 @@ def test_a_drivers_sound_is_kept_on_request(tmp_path):
     assert main([ONE, "--drive", str(source), "--frames", "4", "-o", str(tmp_path / "silent.mp4"), "--quiet"]) == 0
     with av.open(str(tmp_path / "silent.mp4")) as container:
         assert not container.streams.audio
+
+
+def test_the_wall_behind_a_driver_is_not_heard(pipeline, tmp_path):
+    film, _ = read_video(data_samples("driver_a.mp4"), 5)
+    (track,) = track_faces(film, 1)
+    size = max(film.shape[1:3])
+    around = face_mask(track.landmarks[..., :2].numpy(), size, 0.06)[:, : film.shape[1], : film.shape[2], None].numpy()
+    moved = np.where(around, film, 255 - film)
+    assert (moved != film).mean() > 0.3
+    assert pipeline.settings.face_only and torch.equal(pipeline.features(film, track), pipeline.features(moved, track))
+    deaf = PortraitPipeline(pipeline.vae, pipeline.encoder, pipeline.animator, replace(pipeline.settings, face_only=False, exposure=None))
+    assert not torch.equal(deaf.features(film, track), deaf.features(moved, track))
+    pipeline.save_pretrained(tmp_path / "alone")
+    assert PortraitPipeline.from_pretrained(tmp_path / "alone").settings == pipeline.settings
+    with pytest.raises(ValueError, match="exposure between 0 and 1"):
+        replace(pipeline.settings, exposure=1.0)
 
 
 def test_a_pipeline_is_a_diffusers_pipeline(pipeline, tmp_path, capfd):

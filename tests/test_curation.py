@@ -170,6 +170,8 @@ def test_folder_gives_the_batches_that_scenes_give(curated):
     stills = ClipFolder(out, ClipConfig(frames=5, stills=True))[pair]
     assert stills.frames.shape == (5, 3, 64, 96) and stills.crops.shape == (2, 5, 3, 64, 64)
     assert [track.size for track in folder.tracks(pair)] == [(128, 256)] * 2
+    grey = (stills.crops == 128).all(2).float().mean((2, 3))  # what is not face: as fantasy-animate cuts real drivers
+    assert 0.4 < grey.min() and grey.max() < 0.8
 
 
 def test_curated_clips_are_learned_from(curated, tmp_path, capsys):

@@ -599,7 +599,8 @@ def test_enlarged_stills_show_the_same_on_more_tokens(side):
 def test_training_on_a_larger_grid_says_so_in_the_weights(tmp_path, capsys):
     arguments = ["--stage", "stills", "--batch", "2", "--threads", "1", "--cache", str(tmp_path / "cache")]
     assert main([*arguments, "--clips", "1", "--enlarge", "1.5", "--steps", "2", "--samples", "2", "--run", str(tmp_path / "run")]) == 0, capsys.readouterr().err
-    assert json.loads((tmp_path / "run/weights/pipeline.json").read_text())["enlarge"] == 1.5
+    said = json.loads((tmp_path / "run/weights/pipeline.json").read_text())
+    assert (said["enlarge"], said["face_only"], said["exposure"]) == (1.5, True, 0.4)
     drawn = cv2.imread(str(tmp_path / "run/samples/step-000002.png"))
     assert drawn.shape[:2] == (864, 648)  # as learned from; 576 rows as drawn
     on = [*arguments, "--clips", "1", "--steps", "3", "--samples", "0"]

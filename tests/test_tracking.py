@@ -9,7 +9,7 @@ import torch
 from fantasy_nb import tracking
 from fantasy_nb.core import as_frames, read_image, read_video
 from fantasy_nb.faces import Expression, Identity, Scene, face_landmarks, random_motion, render_crops, render_face, render_scene
-from fantasy_nb.tracking import TEMPLATE, FaceTrack, Person, align_crop, fill, five_points, link, measure_expression, track_faces, umeyama
+from fantasy_nb.tracking import TEMPLATE, FaceTrack, Person, align_crop, face_mask, fill, five_points, link, measure_expression, track_faces, umeyama
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no real footage here")
@@ -242,6 +242,39 @@ def test_nobody_there_and_bad_input():
 def test_align_crop_wants_the_tracks_own_frames(astronaut, astronaut_track):
     with pytest.raises(ValueError, match="1 frames of 512x512"):
         align_crop(np.stack([astronaut] * 2), astronaut_track)
+
+
+def test_a_crop_of_the_face_alone_does_not_see_the_wall(astronaut, astronaut_track):
+    points = astronaut_track.landmarks[..., :2].numpy()
+    around = face_mask(points, 512, margin=0.025)[0].numpy()
+    assert face_mask(points, 512, margin=0)[0].sum() < around.sum() < 0.2 * around.size
+    moved = np.where(around[..., None], astronaut, 255 - astronaut)
+    plain, other = (align_crop(picture[None], astronaut_track, 128, True, 1.7) for picture in (astronaut, moved))
+    alone, same = (align_crop(picture[None], astronaut_track, 128, True, 1.7, face_only=True) for picture in (astronaut, moved))
+    kept = (alone != 0).any(1, keepdim=True).expand_as(alone)
+    assert not torch.equal(plain, other) and torch.equal(alone, same)
+    assert torch.equal(alone[kept], plain[kept]) and 0.5 < kept.float().mean() < 0.9 and not alone[~kept].any()
+
+
+def test_exposure_makes_dusk_day(astronaut, astronaut_track):
+    cut = lambda picture, **options: align_crop(picture[None], astronaut_track, 96, True, 1.7, **options)  # noqa: E731
+    kept = (cut(astronaut, face_only=True) != 0).any(1)
+    bright = lambda crop: (crop.mean(1)[kept].median() + 1) / 2  # noqa: E731
+    dusk = (astronaut * 0.3).astype(np.uint8)
+    assert bright(cut(dusk)) < 0.2
+    for picture in (astronaut, dusk):
+        assert abs(bright(cut(picture, exposure=0.4)) - 0.4) < 0.02
+    alone = cut(dusk, **tracking.FACE_ALONE)
+    assert torch.equal(alone[:, :, 0, 0], torch.zeros(1, 3)) and abs(bright(alone) - 0.4) < 0.02
+    black = np.zeros_like(astronaut)
+    assert torch.equal(cut(black, exposure=0.4), cut(black))  # nothing to brighten
+    nowhere = FaceTrack(astronaut_track.boxes, astronaut_track.landmarks, astronaut_track.present, astronaut_track.size)
+    nowhere.landmarks = nowhere.landmarks.clone()
+    nowhere.landmarks[:, [i for i in range(478) if i not in tracking.FIVE]] += 2000
+    assert torch.isfinite(cut(dusk, exposure=0.4)).all() and torch.isfinite(align_crop(dusk[None], nowhere, 96, True, 1.7, exposure=0.4)).all()
+    for wrong in (0, 1, -2, 3):
+        with pytest.raises(ValueError, match="brightness between 0 and 1"):
+            cut(astronaut, exposure=wrong)
 
 
 def test_backend_says_what_is_missing(tmp_path, monkeypatch):
