@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fantasy_nb.core import data_samples, read_video
 from fantasy_nb.expression import GROUPS, ExpressionEncoder, Features, fit_ruler, fit_size
 from fantasy_nb.faces import EMOTIONS, Expression, Identity, render_crops
-from fantasy_nb.tracking import align_crop, measure_expression, quiet, to_pixels, track_faces
+from fantasy_nb.tracking import FACE_ALONE, align_crop, measure_expression, quiet, to_pixels, track_faces
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 FACTORS = [n for n in Expression.names() if n not in EMOTIONS]
@@ -110,11 +110,12 @@ def real_films(encoder, folder, rulers):
     for name, people in (("biden.mp4", 1), ("two_person.mp4", 2)):
         frames, _ = read_video(folder / name)
         for k, track in enumerate(track_faces(frames, people)):
-            features = Features.unpack(in_batches(lambda c: encoder(c).pack(), align_crop(frames, track, encoder.config.image_size, encoder.config.keep_roll, encoder.config.closer)))
-            seen, row = measure_expression(track), []
-            for factor, (group, ruler) in rulers.items():
-                row.append(f"{factor} {np.corrcoef(ruler(getattr(features, group))[:, 0], np.asarray(seen[factor]))[0, 1]:.2f}")
-            print(f"{name} person {k + 1}: " + ", ".join(row), flush=True)
+            seen, config = measure_expression(track), encoder.config
+            for way, options in (("as cropped", {}), ("the face alone", {"face_only": True}), ("and exposed", FACE_ALONE)):
+                crops = align_crop(frames, track, config.image_size, config.keep_roll, config.closer, **options)
+                features = Features.unpack(in_batches(lambda c: encoder(c).pack(), crops))
+                row = [f"{factor} {np.corrcoef(ruler(getattr(features, group))[:, 0], np.asarray(seen[factor]))[0, 1]:.2f}" for factor, (group, ruler) in rulers.items()]
+                print(f"{name} person {k + 1}, {way}: " + ", ".join(row), flush=True)
 
 
 def main():
