@@ -459,13 +459,13 @@ def draw_tracks(
     return pictures
 
 # %% ../nbs/02_tracking.ipynb #cell-072
-FACE_ALONE = {"face_only": True, "exposure": 0.4}  # how encoders that learned from drawn faces like the crops of real ones
+FACE_ALONE = {"face_only": True, "exposure": 0.4}  # how to cut real faces for encoders that learned from drawn ones (chapter 03)
 
 
 def face_mask(
     points: np.ndarray,  # (f 478 2), meshes in pixels
     size: int,  # of the pictures
-    margin: float = 0.05,  # share of the size by which a face is grown
+    margin: float = 0.05,  # by which a face is grown, as a share of the picture's side
 ) -> Tensor:  # bool (f size size)
     "Where the faces are: the convex hull of every mesh, grown a little."
     import cv2
@@ -475,7 +475,8 @@ def face_mask(
     masks = np.zeros((len(points), size, size), np.uint8)
     for mask, mesh in zip(masks, points.astype(np.float32)):
         cv2.fillConvexPoly(mask, cv2.convexHull(mesh).round().astype(np.int32), 1)
-    return torch.from_numpy(np.stack([cv2.dilate(mask, disc) for mask in masks])).bool()
+        mask[:] = cv2.dilate(mask, disc)
+    return torch.from_numpy(masks).bool()
 
 
 def expose(
@@ -483,7 +484,7 @@ def expose(
     mask: Tensor,  # bool (f s s)
     median: float,  # brightness that half of the masked pixels shall reach, 0 to 1
 ) -> Tensor:  # (f 3 s s) in [-1, 1]
-    "One gamma (1/3 to 3) for all frames. Raises ValueError for a brightness that is black or white."
+    "The masked pixels' median made so bright by one gamma for all frames, as far as 1/3 to 3 can. Raises ValueError unless 0 < median < 1."
     if not 0 < median < 1:
         raise ValueError(f"want a brightness between 0 and 1, got {median:g}")
     light = ((crops + 1) / 2).clamp(0, 1)
@@ -501,7 +502,7 @@ def align_crop(
     face_only: bool = False,  # True: middle grey wherever `face_mask` sees none
     exposure: float | None = None,  # of `expose`: how bright the face shall be; None: as it was filmed
 ) -> Tensor:  # (f 3 size size) in [-1, 1]
-    "The face in every frame, its five points on the template (the release's aligner, after PD-FGC). Raises ValueError where frames and track differ."
+    "The face in every frame, its five points on the template (the release's aligner, after PD-FGC). Raises ValueError where frames and track differ, or for an exposure that is not between 0 and 1."
     pictures = as_frames(frames)
     if len(pictures) != len(track) or pictures.shape[1:3] != tuple(track.size):
         want, got = f"{len(track)} frames of {track.size[0]}x{track.size[1]}", f"{len(pictures)} of {pictures.shape[1]}x{pictures.shape[2]}"
@@ -514,8 +515,9 @@ def align_crop(
         return crops
     turn, shift = matrices.split([2, 1], -1)
     mask = face_mask((track.landmarks[..., :2].double() @ turn.mT + shift.mT).numpy(), size)
-    crops = crops if exposure is None else expose(crops, mask, exposure)
-    return crops * mask[:, None] if face_only else crops
+    if exposure is not None:
+        crops = expose(crops, mask & track.present[:, None, None], exposure)  # frames without a face say nothing about the light
+    return crops.masked_fill(~mask[:, None], 0) if face_only else crops
 
 # %% ../nbs/02_tracking.ipynb #cell-080
 RIGID = {  # the mean face looking straight ahead: x right, y down, z away from the camera; outer eye corners 1 apart

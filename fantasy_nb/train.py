@@ -1052,7 +1052,7 @@ def fill_caches(
         clip_config = as_heard(PICTURES[args.config]["clips"][0], encoder)
         real = ClipFolder(args.data, clip_config, args.seed)
         stamp_cache(
-            cache / "data", {"folder": str(args.data.resolve()), "clips": len(real), "seed": args.seed} | asdict(clip_config) | parts, write=rank == 0
+            cache / "data", {"folder": str(args.data.resolve()), "clips": len(real), "seed": args.seed} | asdict(clip_config) | FACE_ALONE | parts, write=rank == 0
         )
         encode_clips(real, len(real), cache / "data", vae, encoder, partial(encode_clip, token=token), rank=rank, world=world, processes=helpers)
         folders.append(cache / "data")

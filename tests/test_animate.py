@@ -465,8 +465,9 @@ def test_the_wall_behind_a_driver_is_not_heard(pipeline, tmp_path):
     moved = np.where(around, film, 255 - film)
     assert (moved != film).mean() > 0.3
     assert pipeline.settings.face_only and torch.equal(pipeline.features(film, track), pipeline.features(moved, track))
-    deaf = PortraitPipeline(pipeline.vae, pipeline.encoder, pipeline.animator, replace(pipeline.settings, face_only=False, exposure=None))
-    assert not torch.equal(deaf.features(film, track), deaf.features(moved, track))
+    whole, unlit = (PortraitPipeline(pipeline.vae, pipeline.encoder, pipeline.animator, replace(pipeline.settings, **way)) for way in (dict(face_only=False, exposure=None), dict(exposure=None)))
+    assert not torch.equal(whole.features(film, track), whole.features(moved, track))
+    assert torch.equal(unlit.features(film, track), unlit.features(moved, track)) and not torch.equal(unlit.features(film, track), pipeline.features(film, track))
     pipeline.save_pretrained(tmp_path / "alone")
     assert PortraitPipeline.from_pretrained(tmp_path / "alone").settings == pipeline.settings
     with pytest.raises(ValueError, match="exposure between 0 and 1"):

@@ -10,7 +10,7 @@ Parts (`--parts`, default all but painter and ears):
   real       real drivers (shared/real beside the repository) on drawn portraits: r of what MediaPipe reads in the driver with what it reads in the film; films, and contact sheets that show the driver, into --out
   time       seconds, peak memory and the share spent outside of the DiT, 16 frames of one and of two people
 
-Scenes come from `SceneClips` under a seed that training does not use; features from drivers drawn and cropped as the tracker would; films as the weights recommend (pipeline.json)."""
+Scenes come from `SceneClips` under a seed that training does not use; features from drivers drawn and cropped as in training (whole; `real` cuts them as the weights recommend); films as the weights recommend (pipeline.json)."""
 
 import argparse
 import json
