@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'PipelineConfig', 'resize', 'face_boxes', 'fit_portrait', 'window_starts', 'blend_windows', 'to_height',
            'Animation', 'square', 'load_portrait', 'load_driver', 'unwatched', 'find_people', 'find_drivers',
-           'film_velocity', 'frames_velocity', 'denoise', 'lay_on_grids', 'to_pixels', 'decode_film', 'among_diffusers',
-           'StoredPipeline', 'by_name', 'each_person', 'check_assignment', 'Cast', 'find_cast', 'PortraitPipeline',
-           'animate', 'build_parser', 'check_output', 'kind_of', 'check_inputs', 'check_device', 'named_drivers',
-           'run_animation', 'main']
+           'film_velocity', 'frames_velocity', 'denoise', 'lay_on_grids', 'to_pixels', 'decode_film', 'optical_flow',
+           'fetch', 'inner_faces', 'carry_detail', 'among_diffusers', 'StoredPipeline', 'by_name', 'each_person',
+           'check_assignment', 'Cast', 'find_cast', 'PortraitPipeline', 'animate', 'build_parser', 'check_output',
+           'kind_of', 'check_inputs', 'check_device', 'named_drivers', 'run_animation', 'main']
 
 # %% ../nbs/11_animate.ipynb #cell-005
 import argparse
@@ -64,6 +64,7 @@ class PipelineConfig:
     closer: float = 1.0  # and how much closer they are than the release's
     face_only: bool = False  # hide from the encoder what is not face (`align_crop`), of drivers and of the portrait
     exposure: float | None = None  # how bright it sees faces, 0 to 1; None: as they were filmed
+    detail: float = 0.0  # share of what the network misses of the portrait that is carried along (`carry_detail`), 0 to 1
     solver: str = "euler"  # or "heun", "multistep"
     interval: tuple[float, float] = (0.0, 1.0)  # times at which to guide; outside, one pass is enough
 
@@ -75,6 +76,8 @@ class PipelineConfig:
             raise ValueError(f"want 1, 2 or 4 looks, got looks={self.looks}")
         if not 1 <= self.enlarge <= 4:
             raise ValueError(f"want enlarge between 1 and 4, got enlarge={self.enlarge:g}")
+        if not 0 <= self.detail <= 1:
+            raise ValueError(f"want detail between 0 and 1, got detail={self.detail:g}")
         if self.exposure is not None and not 0 < self.exposure < 1:
             raise ValueError(f"want an exposure between 0 and 1, or None, got exposure={self.exposure:g}")
         if self.guidance < 0:
@@ -306,7 +309,7 @@ def denoise(
     noise = torch.randn(1, portrait.shape[1], 1 + n if config.window else 1, *portrait.shape[-2:], generator=torch.Generator().manual_seed(seed)).to(
         portrait
     )
-    noise = noise if config.window else noise.expand(-1, -1, 4 * n, -1, -1)
+    noise = noise if config.window else noise.expand(-1, -1, features.shape[1] - 1, -1, -1)
     done = iter(range(1, config.steps + 1))  # a bar that is not shown does not count
     with tqdm(total=config.steps, desc="denoising", unit="step", disable=not show) as bar:
 
@@ -364,6 +367,55 @@ def decode_film(
     return np.concatenate(film[1:] if window else film)
 
 # %% ../nbs/11_animate.ipynb #cell-035
+def optical_flow(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # uint8 (h w 3), twice -> (h w 2), x and y in pixels
+    "How far from each pixel of `a` its like in `b` is: dense inverse search (OpenCV), down to single pixels. Wants at least 12 pixels a side."
+    import cv2
+
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    search.setFinestScale(0)
+    return search.calc(*(cv2.GaussianBlur(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), (0, 0), 0.7) for x in (a, b)), None)
+
+
+def fetch(picture: np.ndarray, flow: np.ndarray) -> np.ndarray:  # (h w c), (h w 2) -> (h w c)
+    "For each pixel what `picture` has where the flow points."
+    import cv2
+
+    y, x = np.mgrid[: flow.shape[0], : flow.shape[1]].astype(np.float32)
+    return cv2.remap(picture, x + flow[..., 0], y + flow[..., 1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+
+
+def inner_faces(boxes: Tensor, size: tuple[int, int]) -> np.ndarray:  # (p 4), pixels -> float32 (h w), 0 to 1
+    "Where eyes, nose and mouth are: an ellipse in every box, with a soft edge."
+    (y, x), inside = np.mgrid[: size[0], : size[1]].astype(np.float32), np.zeros(size, np.float32)
+    for x0, y0, x1, y1 in boxes.tolist():
+        across, down = (x - x0) / (x1 - x0) - 0.5, (y - y0) / (y1 - y0) - 0.58
+        inside = np.maximum(inside, (1.5 - (across / 0.38) ** 2 - (down / 0.4) ** 2).clip(0, 1))
+    return inside
+
+
+def carry_detail(
+    film: np.ndarray,  # (f h w 3), 0 to 255, as the network draws it
+    own: np.ndarray,  # (h w 3), as it draws the portrait's own moment
+    portrait: np.ndarray,  # (h w 3)
+    boxes: Tensor,  # (p 4) the portrait's faces, pixels
+    share: float = 1.0,  # of what is missing
+    unlike: tuple[float, float] = (16.0, 8.0),  # grey levels, around faces and in them: a pixel so different from the one it is taken for counts exp(-1)
+) -> np.ndarray:  # float32 (f h w 3)
+    "What `own` misses of the portrait, carried along by the film's optical flow and added where frame and `own` look alike."
+    import cv2
+
+    bytes_ = lambda x: x.round().clip(0, 255).astype(np.uint8)  # noqa: E731
+    own, portrait, faces, frames = own.astype(np.float32), portrait.astype(np.float32), inner_faces(boxes, own.shape[:2]), []
+    for frame in film.astype(np.float32):
+        flow = optical_flow(bytes_(frame), bytes_(own))
+        drawn, face = fetch(own, flow), fetch(faces, flow).clip(0, 1)[..., None]
+        differs = cv2.GaussianBlur(np.abs(frame - drawn).max(-1), (0, 0), 1.5)[..., None]  # of red, green and blue the largest
+        around, inside = (np.exp(-((differs / level) ** 2)) for level in unlike)
+        alike = around + face * (inside - around)
+        frames.append(frame + share * alike * (fetch(portrait, flow) - drawn - (1 - face) * (frame - drawn) / 2))
+    return np.stack(frames)
+
+# %% ../nbs/11_animate.ipynb #cell-037
 @cache
 def among_diffusers(kind: type) -> type:
     "The same class as a diffusers DiffusionPipeline, or itself where diffusers is not installed. Imports diffusers."
@@ -373,7 +425,7 @@ def among_diffusers(kind: type) -> type:
         return kind
     return type(kind.__name__, (kind, DiffusionPipeline), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
-# %% ../nbs/11_animate.ipynb #cell-037
+# %% ../nbs/11_animate.ipynb #cell-039
 class StoredPipeline:
     "The parts of a pipeline, where they are, and their folder on disk."
 
@@ -438,7 +490,7 @@ class StoredPipeline:
         finally:
             part.to(self.resting)
 
-# %% ../nbs/11_animate.ipynb #cell-039
+# %% ../nbs/11_animate.ipynb #cell-041
 def by_name(drivers, names: list[str] | None, assign: list[int] | None) -> tuple[list, list[int] | None]:
     "Drivers as a list, and whom they move. Raises ValueError for names that nobody has."
     if not isinstance(drivers, dict):
@@ -464,7 +516,7 @@ def each_person(strength, people: int, names: list[str] | None, what: str) -> li
         raise ValueError(f"want {what} of 0 or more, one for all or one for each of the {people} people, got {strength}")
     return values
 
-# %% ../nbs/11_animate.ipynb #cell-040
+# %% ../nbs/11_animate.ipynb #cell-042
 def check_assignment(assign: list[int] | None, drivers: int, people: int) -> list[int]:
     "Which person each driver moves, from 1. Raises ValueError unless they are different people of the portrait."
     assign = list(range(1, drivers + 1)) if assign is None else list(assign)
@@ -475,7 +527,7 @@ def check_assignment(assign: list[int] | None, drivers: int, people: int) -> lis
         )
     return assign
 
-# %% ../nbs/11_animate.ipynb #cell-042
+# %% ../nbs/11_animate.ipynb #cell-044
 @dataclass
 class Cast:
     "Who is in the picture, and who moves whom."
@@ -507,7 +559,7 @@ def find_cast(
         picture, people, films, tracks, fps, files, assign, [{what: values[k] for what, values in strengths.items()} for k in range(len(people))]
     )
 
-# %% ../nbs/11_animate.ipynb #cell-044
+# %% ../nbs/11_animate.ipynb #cell-046
 class PortraitPipeline(StoredPipeline):
     "Portrait and drivers -> film."
 
@@ -556,23 +608,35 @@ class PortraitPipeline(StoredPipeline):
         seed: int = 0,
         show: bool = False,
     ) -> np.ndarray:  # uint8 (4n h w 3)
-        "Encode, denoise, decode: on every grid, from every noise that `how` asks for; the mean of it all."
+        "Encode, denoise, decode: on every grid, from every noise that `how` asks for; the mean of it all, and what it misses of the portrait."
         laid = lay_on_grids(picture, boxes, how.looks, 8 * self.animator.dit.config.patch[1], how.enlarge)
         with self.at_work(self.vae) as vae:
             portraits = [vae.encode(picture) for picture, _, _ in laid]
-        rounds, found, film, size = [(look, k) for look in range(len(laid)) for k in range(how.draws)], [0] * len(laid), 0, tuple(picture.shape[-2:])
+        rounds, found, size = [(look, k) for look in range(len(laid)) for k in range(how.draws)], [0] * len(laid), tuple(picture.shape[-2:])
+        still, stills = features[:, :1].expand(-1, 5 if how.window else 2, -1), [0] * len(laid)  # the portrait's own moment
         bar = tqdm(rounds, desc="denoising", unit="film", disable=not show or len(rounds) == 1)
         with self.at_work(self.animator) as animator:
             for done, (look, k) in enumerate(bar):
                 watch = lambda stage, share, done=done: self.watch(stage, (done + share) / len(rounds))  # noqa: E731
-                latents = denoise(animator, how, portraits[look], features, laid[look][1], seed + 7919 * k, show and len(rounds) == 1, watch)
+                portrait, owners, noise = portraits[look], laid[look][1], seed + 7919 * k
+                latents = denoise(animator, how, portrait, features, owners, noise, show and len(rounds) == 1, watch)
                 found[look] = found[look] + latents / how.draws
+                if how.detail:
+                    stills[look] = stills[look] + denoise(animator, how, portrait, still, owners, noise, False) / how.draws
+
+        def seen(latents: Tensor, look: int, watch=unwatched) -> np.ndarray:  # float32 (f h w 3)
+            frames = decode_film(vae, latents, how.window, watch)[laid[look][2]].astype(np.float32)
+            return frames if frames.shape[1:3] == size else np.stack([resize(frame, size) for frame in frames])
+
+        film = own = 0
         with self.at_work(self.vae) as vae:
-            for done, (latents, (_, _, place)) in enumerate(zip(found, laid)):
-                watch = lambda stage, share, done=done: self.watch(stage, (done + share) / len(laid))  # noqa: E731
-                seen = decode_film(vae, latents, how.window, watch)[place].astype(np.float32)
-                film = film + (seen if seen.shape[1:3] == size else np.stack([resize(frame, size) for frame in seen]))
-        return (film / len(laid)).round().clip(0, 255).astype(np.uint8)
+            for look, latents in enumerate(found):
+                watch = lambda stage, share, done=look: self.watch(stage, (done + share) / len(laid))  # noqa: E731
+                film = film + seen(latents, look, watch) / len(laid)
+                own = own + seen(stills[look], look)[-1] / len(laid) if how.detail else own
+        if how.detail:
+            film = carry_detail(film, own, to_pixels(picture)[0], boxes.cpu(), how.detail)
+        return film.round().clip(0, 255).astype(np.uint8)
 
     @torch.no_grad()
     def __call__(
@@ -591,6 +655,7 @@ class PortraitPipeline(StoredPipeline):
         window: int | None = None,  # latent frames of a window; 0: every frame by itself
         looks: int | None = None,  # films of the portrait laid on different grids of tokens, averaged: 1, 2 or 4
         enlarge: float | None = None,  # the portrait is laid on the grid so many times as large
+        detail: float | None = None,  # share of what the network misses of the portrait that is carried along, 0 to 1
         mouth=1.0,  # strength of the drivers' mouths: 0 = their mean, 1 = as performed, above 1 = exaggerated (chapter 04); one for all, one for each person, or {name: strength}
         emotion=1.0,
         overall=1.0,  # of everything, the head too
@@ -598,7 +663,7 @@ class PortraitPipeline(StoredPipeline):
         watch: Callable | None = None,  # told (stage, share done) between pieces of work; what it raises stops the film
     ) -> Animation:
         "Animate everybody who has a driver. Raises ValueError for pictures without faces, too many drivers, wrong assignments or settings."
-        asked = dict(steps=steps, guidance=guidance, draws=draws, solver=solver, interval=interval, window=window, looks=looks, enlarge=enlarge)
+        asked = dict(steps=steps, guidance=guidance, draws=draws, solver=solver, interval=interval, window=window, looks=looks, enlarge=enlarge, detail=detail)
         asked |= {} if window is None else {"overlap": max(0, min(self.settings.overlap, window - 1))}
         how = replace(self.settings, **{k: v for k, v in asked.items() if v is not None})
         show = show and not getattr(self, "_progress_bar_config", {}).get("disable")
@@ -606,7 +671,7 @@ class PortraitPipeline(StoredPipeline):
         cast = find_cast(portrait, drivers, frames, assign, names, dict(mouth=mouth, emotion=emotion, overall=overall), show, self.watch)
         return Animation(self.film(cast, how, seed, show), cast.fps, cast.tracks, cast.films, cast.assign, cast.files)
 
-# %% ../nbs/11_animate.ipynb #cell-045
+# %% ../nbs/11_animate.ipynb #cell-047
 def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation:
     "One call: load the weights, animate, and write a file where `out` is given."
     animation = PortraitPipeline.from_pretrained(weights)(portrait, drivers, **options)
@@ -614,7 +679,7 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-090
+# %% ../nbs/11_animate.ipynb #cell-092
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -670,6 +735,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="lay the portrait on a grid of tokens so many times as large and make the film smaller again: more tokens for each face, and work that grows with the square of it (default: what the weights recommend)",
     )
     parser.add_argument(
+        "--detail",
+        type=float,
+        metavar="SHARE",
+        help="0 to 1: how much of what the network misses of the portrait (hair, patterns, edges) is carried along with the motion (default: what the weights recommend)",
+    )
+    parser.add_argument(
         "--window", type=int, help="latent frames that are drawn together; 0 = every frame by itself (default: what the weights recommend)"
     )
     for dial, what in (("mouth", "the drivers' mouths"), ("emotion", "their emotions"), ("overall", "all they do, heads too")):
@@ -692,7 +763,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-# %% ../nbs/11_animate.ipynb #cell-091
+# %% ../nbs/11_animate.ipynb #cell-093
 def check_output(path: str | None, endings: tuple[str, ...], inputs: list = ()) -> None:
     "Raise before the work starts where a file could not be written after it, or would replace one of the inputs."
     if path is None:
@@ -713,7 +784,7 @@ def check_output(path: str | None, endings: tuple[str, ...], inputs: list = ()) 
     except OSError as error:
         raise OSError(f"cannot write {path}: {'not a folder: ' + str(parent) if parent.is_file() else error.strerror}") from None
 
-# %% ../nbs/11_animate.ipynb #cell-093
+# %% ../nbs/11_animate.ipynb #cell-095
 def kind_of(path) -> str:
     "'film' or 'picture', which FFmpeg would read as a film of one frame. Raises FileNotFoundError or ValueError where it is neither."
     if Path(path).is_dir():
@@ -744,7 +815,7 @@ def check_device(name: str) -> None:
     if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"want --device cpu: there is no {name} here, CUDA devices: {torch.cuda.device_count()}")
 
-# %% ../nbs/11_animate.ipynb #cell-094
+# %% ../nbs/11_animate.ipynb #cell-096
 def named_drivers(drive: list[str], names: list[str] | None):  # a list of files, or {name: file}
     "What --drive says. Raises ValueError where only some drivers have a name, one has two, or nobody is called so."
     pairs = [text.partition("=") for text in drive]
@@ -756,7 +827,7 @@ def named_drivers(drive: list[str], names: list[str] | None):  # a list of files
         raise ValueError(f"want every --drive as NAME=VIDEO with a different name out of {', '.join(names)}, got {drive}")
     return {name: file for name, _, file in pairs}
 
-# %% ../nbs/11_animate.ipynb #cell-096
+# %% ../nbs/11_animate.ipynb #cell-098
 def run_animation(args: argparse.Namespace) -> None:
     "What `fantasy-animate` does once its arguments are read."
     drivers = named_drivers(args.drive, args.names)
@@ -780,7 +851,7 @@ def run_animation(args: argparse.Namespace) -> None:
     else:
         pipeline = PortraitPipeline.from_pretrained(args.weights)
         pipeline.enable_model_cpu_offload(device=args.device) if args.offload else pipeline.to(args.device)
-    options = ("frames", "steps", "guidance", "seed", "assign", "draws", "solver", "interval", "window", "looks", "enlarge", "mouth", "emotion", "overall", "names")
+    options = ("frames", "steps", "guidance", "seed", "assign", "draws", "solver", "interval", "window", "looks", "enlarge", "detail", "mouth", "emotion", "overall", "names")
     film = pipeline(args.portrait, drivers, show=not args.quiet, **{name: getattr(args, name) for name in options})
     if any(film.held):
         print(f"note: frames without a visible driver face, held: {film.held} of {len(film.frames)}", file=sys.stderr)
@@ -791,7 +862,7 @@ def run_animation(args: argparse.Namespace) -> None:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-# %% ../nbs/11_animate.ipynb #cell-097
+# %% ../nbs/11_animate.ipynb #cell-099
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)

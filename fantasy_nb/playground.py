@@ -404,7 +404,7 @@ def listen_in(
     if not 0 <= frame < len(film):
         raise ValueError(f"want a frame from 0 to {len(film) - 1}, got {frame}")
     with overheard(pipeline.animator.dit) as kept:
-        made = pipeline(portrait, (film[frame : frame + 1], fps), steps=steps, guidance=1.0, seed=seed, draws=1, looks=1, show=False)
+        made = pipeline(portrait, (film[frame : frame + 1], fps), steps=steps, guidance=1.0, seed=seed, draws=1, looks=1, detail=0.0, show=False)
     picture = load_portrait(portrait)
     working, _, _ = fit_portrait(picture, face_boxes(find_people(picture)), pipeline.settings)
     blocks, token = len(pipeline.animator.dit.blocks), 8 * pipeline.animator.dit.config.patch[1]

@@ -892,6 +892,8 @@ class WanPipeline(PortraitPipeline):
             raise ValueError(f"want looks=1: every further look would be a whole film of Wan's, got looks={how.looks}")
         if how.enlarge != 1:
             raise ValueError(f"want enlarge=1: Wan's pictures have the size of most_pixels, got enlarge={how.enlarge:g}")
+        if how.detail:
+            raise ValueError(f"want detail=0: the portrait's own moment would be another film of Wan's, got detail={how.detail:g}")
         working, boxes = fit_area(cast.picture, face_boxes(cast.people), how.most_pixels)
         owners = face_owners(boxes, cast, working.shape[:2], 8 * self.animator.dit.config.patch[1]).to(self.device)
         with self.at_work(self.encoder):

@@ -1145,6 +1145,7 @@ def run_stage(args: argparse.Namespace, stage: str, run: Path, init: Path | None
             **FACE_ALONE,
             "looks": 2 * watch.answer.dit.config.patch[1],  # longer tokens have more of an edge (chapter 11)
             "enlarge": config.enlarge,
+            "detail": 1.0,  # what is missed of the portrait is carried along (chapter 11)
         }
         (out / "pipeline.json").write_text(json.dumps(faces, indent=2))
         print(f"{stage}: {ema.steps} of {config.steps} steps, weights in {out}")

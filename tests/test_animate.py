@@ -5,11 +5,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
-from fantasy_nb.animate import (Animation, PipelineConfig, PortraitPipeline, blend_windows, check_assignment, fit_portrait, lay_on_grids, load_driver, main, resize, window_starts)
+from fantasy_nb.animate import (Animation, PipelineConfig, PortraitPipeline, blend_windows, carry_detail, check_assignment, fit_portrait, lay_on_grids, load_driver, main, resize, window_starts)
 from fantasy_nb.core import data_samples, read_image, read_video, write_image, write_video
 from fantasy_nb.faces import paint_background, pixel_grid, Identity
 from fantasy_nb.tracking import face_mask, measure_expression, track_faces
@@ -170,6 +171,7 @@ def wrong(tmp_path):
     ([ONE, "--drive", DRIVERS[0], "--steps", "0"], "steps=0"),
     ([ONE, "--drive", DRIVERS[0], "--draws", "0"], "draws=0"),
     ([ONE, "--drive", DRIVERS[0], "--looks", "3"], "looks=3"),
+    ([ONE, "--drive", DRIVERS[0], "--detail", "2"], "detail=2"),
     ([ONE, "--drive", DRIVERS[0], "--enlarge", "0.5"], "enlarge=0.5"),
     ([ONE, "--drive", DRIVERS[0], "--window", "-1"], "window=-1"),
     ([ONE, "--drive", DRIVERS[0], "--interval", "0.9", "0.1"], "interval"),
@@ -324,13 +326,51 @@ def test_a_film_of_two_looks_is_the_mean_of_both_and_nearer_to_the_truth(pipelin
     for people, k in ((1, 0), (1, 1), (2, 0), (2, 1)):
         clip = weights.clips(people, 9)[k]
         video, features, boxes = weights.read(clip)
-        how = replace(weights.settings, looks=1, enlarge=1.0)
+        how = replace(weights.settings, looks=1, enlarge=1.0, detail=0.0)
         films = {n: pipeline.paint(video[:, :, :1], features, boxes, replace(how, looks=n)).astype(float) for n in (1, 2)}
         (one, _, _), (moved, _, place) = lay_on_grids(video[:, :, :1], boxes, 2, 8)
         other = pipeline.paint(moved, features, boxes + 4, how)[place]
         assert np.abs(films[2] - (films[1] + other) / 2).max() <= 0.5 and torch.equal(one, video[:, :, :1])
         errors.append([np.square(film - tool.true_frames(video)).mean() for film in films.values()])
     assert np.log(np.array(errors)).mean(0)[1] < np.log(np.array(errors)).mean(0)[0] - 0.02
+
+
+def test_what_is_missed_of_the_portrait_moves_along_and_stays_away_from_what_it_never_showed():
+    rng = np.random.default_rng(0)
+    shapes = cv2.GaussianBlur(rng.uniform(0, 255, (64, 80, 3)), (0, 0), 4)
+    soft = (40 + 170 * (shapes - shapes.min()) / (shapes.max() - shapes.min())).astype(np.uint8)
+    sharp = (soft + cv2.GaussianBlur(rng.normal(0, 30, soft.shape), (0, 0), 0.8)).clip(0, 255).astype(np.uint8)
+    film, true = (np.stack([np.roll(x, k, 1) for k in (0, 1, 3)]) for x in (soft, sharp))
+    film[np.s_[2, 20:32, 30:42]] ^= 128  # something the portrait does not show
+    box = torch.tensor([[20.0, 10, 60, 54]])
+    made, inside = carry_detail(film, soft, sharp, box), np.s_[8:-8, 8:-8]
+    off = lambda x, k: np.sqrt(np.square(x[k][inside].astype(float) - true[k][inside]).mean())  # noqa: E731
+    assert off(made, 0) < 1 and off(made, 1) < 0.6 * off(film, 1)  # 0: the portrait itself
+    middle = np.s_[2, 24:28, 34:38]
+    assert np.abs(made[middle] - film[middle]).mean() < 1
+    assert np.array_equal(carry_detail(film, soft, sharp, box, share=0.0), film)
+    assert np.allclose(carry_detail(film, soft, sharp, box, share=0.5) - film, (made - film) / 2, atol=1e-3)
+    other = np.clip(film.astype(int) + 12, 0, 255).astype(np.uint8)  # a little brighter: in the face the film's word counts for more
+    shift = (carry_detail(other[:1], soft, sharp, box) - made[:1])[0].mean(-1)
+    assert shift[32, 40] > shift[4:8, 30:50].mean() + 2
+
+
+def test_films_with_the_portrait_s_detail_are_nearer_to_the_truth(pipeline, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    import measure_animation as tool
+
+    weights, errors = tool.Weights("tiny", "cpu"), []
+    assert weights.settings.detail == 1.0
+    for people, k, window in ((1, 0, 0), (1, 1, 0), (2, 0, 0), (2, 1, 2)):
+        video, features, boxes = weights.read(weights.clips(people, 9)[k])
+        films = [weights.film(video, features, boxes, replace(weights.settings, detail=share, looks=1, window=window)) for share in (0.0, 1.0)]
+        still = weights.film(video, features[:, :1].expand(-1, 5, -1), boxes, replace(weights.settings, looks=2, window=window))
+        errors.append([np.square(film.astype(float) - tool.true_frames(video)).mean() for film in films])
+        assert np.abs(still.astype(float) - tool.to_pixels(video[:, :, :1])).mean() < 1.0  # its own moment is the portrait
+    assert (np.log(np.array(errors)) @ [-1, 1] < -0.05).all() and (np.log(np.array(errors)) @ [-1, 1]).mean() < -0.12
+    for wrong in (-0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="want detail between 0 and 1"):
+            pipeline(PORTRAIT, DRIVERS, frames=4, detail=wrong, show=False)
 
 
 def test_a_watcher_hears_shares_that_rise_over_all_looks_and_draws(pipeline):

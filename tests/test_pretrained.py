@@ -450,6 +450,8 @@ def test_one_driver_for_two_and_a_longer_film(toys):
         two_people(pipe, window=0)
     with pytest.raises(ValueError, match="want looks=1.*got looks=2"):
         two_people(pipe, looks=2)
+    with pytest.raises(ValueError, match="want detail=0.*got detail=0.5"):
+        two_people(pipe, detail=0.5)
     with pytest.raises(ValueError, match="want enlarge=1.*got enlarge=1.5"):
         two_people(pipe, enlarge=1.5)
 
