@@ -249,11 +249,11 @@ def steps(weights: Weights, count: int = 8, frames: int = 9) -> None:
     clips = [weights.read(weights.clips(2, frames)[k]) for k in range(count)]
     ways = [dict(steps=n) for n in (1, 4, 8, 15, 30)] + [dict(steps=8, guidance=g) for g in (1.5, 2.5)] + [dict(steps=8, guidance=2.5, interval=i) for i in ((0.0, 0.8), (0.3, 0.8), (0.8, 1.0))]
     ways += [dict(steps=1, draws=n) for n in (3, 6)] + [dict(steps=4, solver="multistep"), dict(steps=4, solver="heun")]
-    ways += [dict(steps=1, looks=n) for n in (2, 4)]
+    ways += [dict(steps=1, looks=n) for n in (2, 4)] + [dict(steps=1, looks=n, detail=1.0) for n in (1, 2, 4)]
     weights.film(*clips[0])  # the first one pays for what is built once
     print(f"\n{weights.name}, {count} clips of two people, {frames - 1} frames: PSNR, seconds a clip")
     for way in ways:
-        how, spent, values = replace(weights.settings, **(dict(steps=1, draws=1, looks=1, guidance=1.0) | way)), 0.0, []
+        how, spent, values = replace(weights.settings, **(dict(steps=1, draws=1, looks=1, guidance=1.0, detail=0.0) | way)), 0.0, []
         for video, features, boxes in clips:
             began = time.perf_counter()
             film = weights.film(video, features, boxes, how)
