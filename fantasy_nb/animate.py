@@ -679,7 +679,7 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-092
+# %% ../nbs/11_animate.ipynb #cell-094
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -763,7 +763,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-# %% ../nbs/11_animate.ipynb #cell-093
+# %% ../nbs/11_animate.ipynb #cell-095
 def check_output(path: str | None, endings: tuple[str, ...], inputs: list = ()) -> None:
     "Raise before the work starts where a file could not be written after it, or would replace one of the inputs."
     if path is None:
@@ -784,7 +784,7 @@ def check_output(path: str | None, endings: tuple[str, ...], inputs: list = ()) 
     except OSError as error:
         raise OSError(f"cannot write {path}: {'not a folder: ' + str(parent) if parent.is_file() else error.strerror}") from None
 
-# %% ../nbs/11_animate.ipynb #cell-095
+# %% ../nbs/11_animate.ipynb #cell-097
 def kind_of(path) -> str:
     "'film' or 'picture', which FFmpeg would read as a film of one frame. Raises FileNotFoundError or ValueError where it is neither."
     if Path(path).is_dir():
@@ -815,7 +815,7 @@ def check_device(name: str) -> None:
     if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"want --device cpu: there is no {name} here, CUDA devices: {torch.cuda.device_count()}")
 
-# %% ../nbs/11_animate.ipynb #cell-096
+# %% ../nbs/11_animate.ipynb #cell-098
 def named_drivers(drive: list[str], names: list[str] | None):  # a list of files, or {name: file}
     "What --drive says. Raises ValueError where only some drivers have a name, one has two, or nobody is called so."
     pairs = [text.partition("=") for text in drive]
@@ -827,7 +827,7 @@ def named_drivers(drive: list[str], names: list[str] | None):  # a list of files
         raise ValueError(f"want every --drive as NAME=VIDEO with a different name out of {', '.join(names)}, got {drive}")
     return {name: file for name, _, file in pairs}
 
-# %% ../nbs/11_animate.ipynb #cell-098
+# %% ../nbs/11_animate.ipynb #cell-100
 def run_animation(args: argparse.Namespace) -> None:
     "What `fantasy-animate` does once its arguments are read."
     drivers = named_drivers(args.drive, args.names)
@@ -862,7 +862,7 @@ def run_animation(args: argparse.Namespace) -> None:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-# %% ../nbs/11_animate.ipynb #cell-099
+# %% ../nbs/11_animate.ipynb #cell-101
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)
