@@ -388,7 +388,7 @@ def inner_faces(boxes: Tensor, size: tuple[int, int]) -> np.ndarray:  # (p 4), p
     "Where eyes, nose and mouth are: an ellipse in every box, with a soft edge."
     (y, x), inside = np.mgrid[: size[0], : size[1]].astype(np.float32), np.zeros(size, np.float32)
     for x0, y0, x1, y1 in boxes.tolist():
-        across, down = (x - x0) / (x1 - x0) - 0.5, (y - y0) / (y1 - y0) - 0.58
+        across, down = (x - x0) / max(x1 - x0, 1.0) - 0.5, (y - y0) / max(y1 - y0, 1.0) - 0.58
         inside = np.maximum(inside, (1.5 - (across / 0.38) ** 2 - (down / 0.4) ** 2).clip(0, 1))
     return inside
 
@@ -399,21 +399,26 @@ def carry_detail(
     portrait: np.ndarray,  # (h w 3)
     boxes: Tensor,  # (p 4) the portrait's faces, pixels
     share: float = 1.0,  # of what is missing
-    unlike: tuple[float, float] = (16.0, 8.0),  # grey levels, around faces and in them: a pixel so different from the one it is taken for counts exp(-1)
-) -> np.ndarray:  # float32 (f h w 3)
+    unlike: tuple[float, float] = (16.0, 8.0),  # grey levels, around faces and in them: where a pixel differs so much from the one it is taken for, 37 % are added
+    show: bool = False,  # a bar
+    watch: Callable = unwatched,  # told ("decoding", share done) after every frame
+) -> np.ndarray:  # uint8 (f h w 3)
     "What `own` misses of the portrait, carried along by the film's optical flow and added where frame and `own` look alike."
     import cv2
 
     bytes_ = lambda x: x.round().clip(0, 255).astype(np.uint8)  # noqa: E731
-    own, portrait, faces, frames = own.astype(np.float32), portrait.astype(np.float32), inner_faces(boxes, own.shape[:2]), []
-    for frame in film.astype(np.float32):
+    own, portrait, faces = own.astype(np.float32), portrait.astype(np.float32), inner_faces(boxes, own.shape[:2])
+    made = np.empty(film.shape, np.uint8)
+    for k, frame in enumerate(tqdm(film, desc="detail", unit="frame", leave=False, disable=not show)):
+        frame = frame.astype(np.float32)
         flow = optical_flow(bytes_(frame), bytes_(own))
         drawn, face = fetch(own, flow), fetch(faces, flow).clip(0, 1)[..., None]
         differs = cv2.GaussianBlur(np.abs(frame - drawn).max(-1), (0, 0), 1.5)[..., None]  # of red, green and blue the largest
         around, inside = (np.exp(-((differs / level) ** 2)) for level in unlike)
         alike = around + face * (inside - around)
-        frames.append(frame + share * alike * (fetch(portrait, flow) - drawn - (1 - face) * (frame - drawn) / 2))
-    return np.stack(frames)
+        made[k] = bytes_(frame + share * alike * (fetch(portrait, flow) - drawn - (1 - face) * (frame - drawn) / 2))
+        watch("decoding", (k + 1) / len(film))
+    return made
 
 # %% ../nbs/11_animate.ipynb #cell-037
 @cache
@@ -629,13 +634,15 @@ class PortraitPipeline(StoredPipeline):
             return frames if frames.shape[1:3] == size else np.stack([resize(frame, size) for frame in frames])
 
         film = own = 0
+        until = 0.7 if how.detail else 1.0  # of what is called decoding; the rest is for the detail
         with self.at_work(self.vae) as vae:
             for look, latents in enumerate(found):
-                watch = lambda stage, share, done=look: self.watch(stage, (done + share) / len(laid))  # noqa: E731
+                watch = lambda stage, share, done=look: self.watch(stage, until * (done + share) / len(laid))  # noqa: E731
                 film = film + seen(latents, look, watch) / len(laid)
                 own = own + seen(stills[look], look)[-1] / len(laid) if how.detail else own
         if how.detail:
-            film = carry_detail(film, own, to_pixels(picture)[0], boxes.cpu(), how.detail)
+            watch = lambda stage, share: self.watch(stage, until + (1 - until) * share)  # noqa: E731
+            return carry_detail(film, own, to_pixels(picture)[0], boxes.cpu(), how.detail, show=show, watch=watch)
         return film.round().clip(0, 255).astype(np.uint8)
 
     @torch.no_grad()
