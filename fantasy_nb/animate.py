@@ -7,8 +7,8 @@ __all__ = ['SOLVERS', 'PipelineConfig', 'resize', 'face_boxes', 'fit_portrait', 
            'Animation', 'square', 'load_portrait', 'load_driver', 'unwatched', 'find_people', 'find_drivers',
            'film_velocity', 'frames_velocity', 'denoise', 'lay_on_grids', 'to_pixels', 'decode_film', 'optical_flow',
            'fetch', 'inner_faces', 'carry_detail', 'among_diffusers', 'StoredPipeline', 'by_name', 'each_person',
-           'check_assignment', 'Cast', 'find_cast', 'PortraitPipeline', 'animate', 'build_parser', 'check_output',
-           'kind_of', 'check_inputs', 'check_device', 'named_drivers', 'run_animation', 'main']
+           'check_assignment', 'Cast', 'find_cast', 'PaintingPipeline', 'PortraitPipeline', 'animate', 'build_parser',
+           'check_output', 'kind_of', 'check_inputs', 'check_device', 'named_drivers', 'run_animation', 'main']
 
 # %% ../nbs/11_animate.ipynb #cell-005
 import argparse
@@ -565,10 +565,65 @@ def find_cast(
     )
 
 # %% ../nbs/11_animate.ipynb #cell-046
-class PortraitPipeline(StoredPipeline):
-    "Portrait and drivers -> film."
+class PaintingPipeline(StoredPipeline):
+    "A portrait and everybody's features -> film."
 
     watch = staticmethod(unwatched)  # of the film in work
+
+    def draw(
+        self,
+        films: list[Tensor],  # features of each, (p 1+f 554)
+        laid: list,  # of `lay_on_grids`
+        portraits: list[Tensor],  # its pictures as latents
+        how: PipelineConfig,
+        seed: int,
+        size: tuple[int, int],  # of the frames, pixels
+        show: bool = False,
+        watch: Callable = unwatched,  # hears of the first film
+    ) -> list[np.ndarray]:  # float32 (f h w 3), 0 to 255
+        "Denoise and decode each film: on every grid, from every noise that `how` asks for; the mean of it all."
+        rounds, found, drawn = [(look, k) for look in range(len(laid)) for k in range(how.draws)], {}, [0] * len(films)
+        bar = tqdm(rounds, desc="denoising", unit="film", disable=not show or len(rounds) == 1)
+        with self.at_work(self.animator) as animator:
+            for done, (look, k) in enumerate(bar):
+                for n, features in enumerate(films):
+                    part = (lambda stage, share, done=done: watch(stage, (done + share) / len(rounds))) if n == 0 else unwatched
+                    alone = show and len(rounds) == 1 and n == 0
+                    latents = denoise(animator, how, portraits[look], features, laid[look][1], seed + 7919 * k, alone, part)
+                    found[look, n] = found.get((look, n), 0) + latents / how.draws
+        with self.at_work(self.vae) as vae:
+            for (look, n), latents in found.items():
+                part = (lambda stage, share, done=look: watch(stage, (done + share) / len(laid))) if n == 0 else unwatched
+                seen = decode_film(vae, latents, how.window, part)[laid[look][2]].astype(np.float32)
+                drawn[n] = drawn[n] + (seen if seen.shape[1:3] == size else np.stack([resize(frame, size) for frame in seen])) / len(laid)
+        return drawn
+
+    @torch.no_grad()
+    def paint(
+        self,
+        picture: Tensor,  # (1 3 1 h w) in [-1, 1]
+        features: Tensor,  # (p 1+4n 554)
+        boxes: Tensor,  # (p 4) faces in the picture, pixels
+        how: PipelineConfig,
+        seed: int = 0,
+        show: bool = False,
+    ) -> np.ndarray:  # uint8 (4n h w 3)
+        "The film, and what the network misses of the portrait carried along as far as `how.detail` asks for it."
+        laid, size = lay_on_grids(picture, boxes, how.looks, 8 * self.animator.dit.config.patch[1], how.enlarge), tuple(picture.shape[-2:])
+        with self.at_work(self.vae) as vae:
+            portraits = [vae.encode(laid_out) for laid_out, _, _ in laid]
+        until = 0.7 if how.detail else 1.0  # of what watchers are told is decoding; the rest is the detail
+        watch = lambda stage, share: self.watch(stage, share * (until if stage == "decoding" else 1.0))  # noqa: E731
+        films = [features] + [features[:, :1].expand(-1, 5 if how.window else 2, -1)] * bool(how.detail)  # and the portrait's own moment
+        film, *own = self.draw(films, laid, portraits, how, seed, size, show, watch)
+        if not how.detail:
+            return film.round().clip(0, 255).astype(np.uint8)
+        watch = lambda stage, share: self.watch(stage, until + (1 - until) * share)  # noqa: E731
+        return carry_detail(film, own[0][-1], to_pixels(picture)[0], boxes.cpu(), how.detail, show=show, watch=watch)
+
+# %% ../nbs/11_animate.ipynb #cell-048
+class PortraitPipeline(PaintingPipeline):
+    "Portrait and drivers -> film."
 
     @classmethod
     def from_wan(cls, folder, adapter, encoder=None, **options) -> "PortraitPipeline":
@@ -604,48 +659,6 @@ class PortraitPipeline(StoredPipeline):
         return self.paint(picture, features, boxes, how, seed, show)[: len(cast.films[0]), :h, :w]
 
     @torch.no_grad()
-    def paint(
-        self,
-        picture: Tensor,  # (1 3 1 h w) in [-1, 1]
-        features: Tensor,  # (p 1+4n 554)
-        boxes: Tensor,  # (p 4) faces in the picture, pixels
-        how: PipelineConfig,
-        seed: int = 0,
-        show: bool = False,
-    ) -> np.ndarray:  # uint8 (4n h w 3)
-        "Encode, denoise, decode: on every grid, from every noise that `how` asks for; the mean of it all, and what it misses of the portrait."
-        laid = lay_on_grids(picture, boxes, how.looks, 8 * self.animator.dit.config.patch[1], how.enlarge)
-        with self.at_work(self.vae) as vae:
-            portraits = [vae.encode(picture) for picture, _, _ in laid]
-        rounds, found, size = [(look, k) for look in range(len(laid)) for k in range(how.draws)], [0] * len(laid), tuple(picture.shape[-2:])
-        still, stills = features[:, :1].expand(-1, 5 if how.window else 2, -1), [0] * len(laid)  # the portrait's own moment
-        bar = tqdm(rounds, desc="denoising", unit="film", disable=not show or len(rounds) == 1)
-        with self.at_work(self.animator) as animator:
-            for done, (look, k) in enumerate(bar):
-                watch = lambda stage, share, done=done: self.watch(stage, (done + share) / len(rounds))  # noqa: E731
-                portrait, owners, noise = portraits[look], laid[look][1], seed + 7919 * k
-                latents = denoise(animator, how, portrait, features, owners, noise, show and len(rounds) == 1, watch)
-                found[look] = found[look] + latents / how.draws
-                if how.detail:
-                    stills[look] = stills[look] + denoise(animator, how, portrait, still, owners, noise, False) / how.draws
-
-        def seen(latents: Tensor, look: int, watch=unwatched) -> np.ndarray:  # float32 (f h w 3)
-            frames = decode_film(vae, latents, how.window, watch)[laid[look][2]].astype(np.float32)
-            return frames if frames.shape[1:3] == size else np.stack([resize(frame, size) for frame in frames])
-
-        film = own = 0
-        until = 0.7 if how.detail else 1.0  # of what is called decoding; the rest is for the detail
-        with self.at_work(self.vae) as vae:
-            for look, latents in enumerate(found):
-                watch = lambda stage, share, done=look: self.watch(stage, until * (done + share) / len(laid))  # noqa: E731
-                film = film + seen(latents, look, watch) / len(laid)
-                own = own + seen(stills[look], look)[-1] / len(laid) if how.detail else own
-        if how.detail:
-            watch = lambda stage, share: self.watch(stage, until + (1 - until) * share)  # noqa: E731
-            return carry_detail(film, own, to_pixels(picture)[0], boxes.cpu(), how.detail, show=show, watch=watch)
-        return film.round().clip(0, 255).astype(np.uint8)
-
-    @torch.no_grad()
     def __call__(
         self,
         portrait,  # path of a picture, uint8 (h w 3) or float (3 h w) in [0, 1]
@@ -678,7 +691,7 @@ class PortraitPipeline(StoredPipeline):
         cast = find_cast(portrait, drivers, frames, assign, names, dict(mouth=mouth, emotion=emotion, overall=overall), show, self.watch)
         return Animation(self.film(cast, how, seed, show), cast.fps, cast.tracks, cast.films, cast.assign, cast.files)
 
-# %% ../nbs/11_animate.ipynb #cell-047
+# %% ../nbs/11_animate.ipynb #cell-049
 def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation:
     "One call: load the weights, animate, and write a file where `out` is given."
     animation = PortraitPipeline.from_pretrained(weights)(portrait, drivers, **options)
@@ -686,7 +699,7 @@ def animate(portrait, drivers, out=None, weights="tiny", **options) -> Animation
         animation.save(out)
     return animation
 
-# %% ../nbs/11_animate.ipynb #cell-094
+# %% ../nbs/11_animate.ipynb #cell-096
 def build_parser() -> argparse.ArgumentParser:
     "Arguments of `fantasy-animate`."
     parser = OneLineParser("fantasy-animate", description="Animate the people of a portrait, each by their own driving video.")
@@ -770,7 +783,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
-# %% ../nbs/11_animate.ipynb #cell-095
+# %% ../nbs/11_animate.ipynb #cell-097
 def check_output(path: str | None, endings: tuple[str, ...], inputs: list = ()) -> None:
     "Raise before the work starts where a file could not be written after it, or would replace one of the inputs."
     if path is None:
@@ -791,7 +804,7 @@ def check_output(path: str | None, endings: tuple[str, ...], inputs: list = ()) 
     except OSError as error:
         raise OSError(f"cannot write {path}: {'not a folder: ' + str(parent) if parent.is_file() else error.strerror}") from None
 
-# %% ../nbs/11_animate.ipynb #cell-097
+# %% ../nbs/11_animate.ipynb #cell-099
 def kind_of(path) -> str:
     "'film' or 'picture', which FFmpeg would read as a film of one frame. Raises FileNotFoundError or ValueError where it is neither."
     if Path(path).is_dir():
@@ -822,7 +835,7 @@ def check_device(name: str) -> None:
     if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"want --device cpu: there is no {name} here, CUDA devices: {torch.cuda.device_count()}")
 
-# %% ../nbs/11_animate.ipynb #cell-098
+# %% ../nbs/11_animate.ipynb #cell-100
 def named_drivers(drive: list[str], names: list[str] | None):  # a list of files, or {name: file}
     "What --drive says. Raises ValueError where only some drivers have a name, one has two, or nobody is called so."
     pairs = [text.partition("=") for text in drive]
@@ -834,7 +847,7 @@ def named_drivers(drive: list[str], names: list[str] | None):  # a list of files
         raise ValueError(f"want every --drive as NAME=VIDEO with a different name out of {', '.join(names)}, got {drive}")
     return {name: file for name, _, file in pairs}
 
-# %% ../nbs/11_animate.ipynb #cell-100
+# %% ../nbs/11_animate.ipynb #cell-102
 def run_animation(args: argparse.Namespace) -> None:
     "What `fantasy-animate` does once its arguments are read."
     drivers = named_drivers(args.drive, args.names)
@@ -869,7 +882,7 @@ def run_animation(args: argparse.Namespace) -> None:
         write_image(args.sheet, film.sheet())
     print(f"{args.out}: {len(film.frames)} frames at {film.fps:g} per second, drivers moved people {film.people}")
 
-# %% ../nbs/11_animate.ipynb #cell-101
+# %% ../nbs/11_animate.ipynb #cell-103
 def main(arguments=None) -> int:
     "`fantasy-animate`. Returns the exit code: 0, or 2 with one line of error."
     args = build_parser().parse_args(arguments)
