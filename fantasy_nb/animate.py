@@ -368,7 +368,7 @@ def decode_film(
 
 # %% ../nbs/11_animate.ipynb #cell-035
 def optical_flow(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # uint8 (h w 3), twice -> (h w 2), x and y in pixels
-    "How far from each pixel of `a` its like in `b` is: dense inverse search (OpenCV), down to single pixels. Wants at least 12 pixels a side."
+    "How far from each pixel of `a` its like in `b` is: OpenCV's dense inverse search. Wants 12 pixels a side."
     import cv2
 
     search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -399,7 +399,7 @@ def carry_detail(
     portrait: np.ndarray,  # (h w 3)
     boxes: Tensor,  # (p 4) the portrait's faces, pixels
     share: float = 1.0,  # of what is missing
-    unlike: tuple[float, float] = (16.0, 8.0),  # grey levels, around faces and in them: where a pixel differs so much from the one it is taken for, 37 % are added
+    unlike: tuple[float, float] = (16.0, 8.0),  # grey levels around and in faces; who differs so much gets 37 %
     show: bool = False,  # a bar
     watch: Callable = unwatched,  # told ("decoding", share done) after every frame
 ) -> np.ndarray:  # uint8 (f h w 3)
