@@ -209,6 +209,21 @@ def test_causal_conv_looks_back_only():
     assert ((conv(x) - conv.bias.view(1, -1, 1, 1, 1)).flatten().abs() > 1e-7).tolist() == [False, False, True, True, True]
 
 
+@pytest.mark.parametrize("kernel, stride", [(3, 1), ((3, 1, 1), 1), (3, (1, 2, 2))])
+def test_a_picture_takes_a_third_of_the_kernel(kernel, stride):
+    "Without a stream one frame goes through a 2-D convolution: what the 3-D one says (an empty cache asks it), gradients too."
+    torch.manual_seed(0)
+    conv, x = CausalConv3d(4, 6, kernel, stride), torch.randn(2, 4, 1, 7, 9)
+    answers = []
+    for cache in (None, {}):
+        conv.zero_grad()
+        y = conv(x, cache)
+        y.square().sum().backward()
+        answers.append((y.detach(), conv.weight.grad.clone(), conv.bias.grad.clone()))
+    for ours, theirs in zip(*answers): torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not answers[0][1][:, :, :-1].any() and answers[0][1][:, :, -1].all()
+
+
 @pytest.mark.parametrize("frames", [1, 5, 13])
 def test_shapes(frames):
     vae = VideoVAE(VAEConfig.tiny())
