@@ -22,7 +22,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -848,6 +848,9 @@ def run_bench(args: argparse.Namespace) -> None:
         "folder": args.folder and str(args.folder),
         "leakage": not args.no_leakage,
     }
+    for name, folder in weights.items():  # films made in another way are other films
+        settings = PortraitPipeline.from_pretrained(folder.format(seed=args.seeds[0]) if "{seed}" in folder else folder).settings
+        asked.setdefault("settings", {})[name] = asdict(settings)
     names = [name for name in args.methods.split(",") if name]
     if args.folder:
         check_folder_arguments(args)

@@ -419,7 +419,11 @@ def test_command_resumes_and_refuses(tmp_path, capsys):
         assert said in error and error.count("\n") == 1
     assert main([*arguments, "--frames", "8", "--out", str(tmp_path / "eight")]) == 2
     assert "want 4n+1 frames" in capsys.readouterr().err
-    assert json.loads((out / "bench.json").read_text())["clips"] == 1
+    noted = json.loads((out / "bench.json").read_text())
+    assert noted["clips"] == 1 and noted["settings"]["default"]["looks"] == 2 and noted["settings"]["default"]["detail"] == 1
+    noted["settings"]["default"]["detail"] = 0.0  # as if its rows were of the same weights, used in another way
+    (out / "bench.json").write_text(json.dumps(noted))
+    assert main(arguments) == 2 and "holds other results: {'settings'" in capsys.readouterr().err
 
 
 def test_a_slip_of_the_pen_leaves_nothing_behind(tmp_path, capsys):
