@@ -284,6 +284,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fantasy_nb.exprbench.new_adapter': ('exprbench.html#new_adapter', 'fantasy_nb/exprbench.py'),
                                       'fantasy_nb.exprbench.obeying': ('exprbench.html#obeying', 'fantasy_nb/exprbench.py'),
                                       'fantasy_nb.exprbench.of_seed': ('exprbench.html#of_seed', 'fantasy_nb/exprbench.py'),
+                                      'fantasy_nb.exprbench.of_seeds': ('exprbench.html#of_seeds', 'fantasy_nb/exprbench.py'),
                                       'fantasy_nb.exprbench.over_seeds': ('exprbench.html#over_seeds', 'fantasy_nb/exprbench.py'),
                                       'fantasy_nb.exprbench.perceptual_distance': ( 'exprbench.html#perceptual_distance',
                                                                                     'fantasy_nb/exprbench.py'),

@@ -11,8 +11,8 @@ __all__ = ['UNSEEN', 'INSTRUMENT', 'GAZE_DEGREES', 'EXPRESSION_MEASURES', 'MOVIN
            'make_methods', 'of_seed', 'judge', 'interventions', 'evaluate', 'mean_and_interval', 'by_film',
            'results_table', 'over_seeds', 'ablation_table', 'as_markdown', 'plot_results', 'plot_differences',
            'read_rows', 'append_rows', 'build_parser', 'settle', 'write_results', 'real_films', 'real_rows',
-           'check_folder_arguments', 'common_shape', 'run_bench', 'main', 'Ablation', 'new_adapter', 'encode_both',
-           'lessons', 'train_ablation']
+           'check_folder_arguments', 'of_seeds', 'common_shape', 'run_bench', 'main', 'Ablation', 'new_adapter',
+           'encode_both', 'lessons', 'train_ablation']
 
 # %% ../nbs/12_exprbench.ipynb #cell-005
 import argparse
@@ -818,9 +818,14 @@ def check_folder_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"want --folder with --weights FOLDER and --frames alone, got {', '.join(unused)} as well")
 
 
+def of_seeds(folder: str, seeds: list[int]) -> list[str]:
+    "The folders that a name means: one for each seed where it says {seed}."
+    return [folder.format(seed=seed) for seed in seeds] if "{seed}" in folder else [folder]
+
+
 def common_shape(weights: dict[str, str], seeds: list[int]) -> dict[str, float]:  # height, crop, closer: as `Benchmark` takes them
     "What cases all these weights want. Raises ValueError where they differ: one film cannot suit both."
-    folders = {name: [folder.format(seed=seed) for seed in seeds] if "{seed}" in folder else [folder] for name, folder in weights.items()}
+    folders = {name: of_seeds(folder, seeds) for name, folder in weights.items()}
     first = Studio(folders["default"][0]).shape
     for name in folders:
         for folder in folders[name]:
@@ -838,6 +843,8 @@ def run_bench(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     named = dict(text.split("=", 1) if "=" in text else ("default", text) for text in args.weights)
     weights = {"default": "tiny"} | named
+    if args.folder:
+        check_folder_arguments(args)
     asked = {
         "set": args.set,
         "weights": weights,
@@ -847,13 +854,12 @@ def run_bench(args: argparse.Namespace) -> None:
         "seeds": args.seeds,
         "folder": args.folder and str(args.folder),
         "leakage": not args.no_leakage,
+        "settings": {  # films made in another way are other films
+            name: [asdict(PortraitPipeline.from_pretrained(one).settings) for one in of_seeds(folder, args.seeds)] for name, folder in weights.items()
+        },
     }
-    for name, folder in weights.items():  # films made in another way are other films
-        settings = PortraitPipeline.from_pretrained(folder.format(seed=args.seeds[0]) if "{seed}" in folder else folder).settings
-        asked.setdefault("settings", {})[name] = asdict(settings)
     names = [name for name in args.methods.split(",") if name]
     if args.folder:
-        check_folder_arguments(args)
         real_films(args.folder)
         pipeline = PortraitPipeline.from_pretrained(weights["default"])
     else:

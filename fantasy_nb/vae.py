@@ -142,7 +142,7 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:  # (b c f h w) -> (b c' f h w)
         size, first = x.shape[3:], begins(self, cache)
-        if self.before and cache is None and x.shape[2] == 1:  # a picture: of the kernel, only its last moment would not meet zeros
+        if self.before and cache is None and x.shape[2] == 1:  # a picture: all but the last moment of the kernel would meet zeros
             return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], self.sides[::-2])[:, :, None]
         pad = (*self.sides, self.before * first, 0)
         if any(pad): x = F.pad(x, pad)

@@ -209,7 +209,7 @@ def test_causal_conv_looks_back_only():
     assert ((conv(x) - conv.bias.view(1, -1, 1, 1, 1)).flatten().abs() > 1e-7).tolist() == [False, False, True, True, True]
 
 
-@pytest.mark.parametrize("kernel, stride", [(3, 1), ((3, 1, 1), 1), (3, (1, 2, 2))])
+@pytest.mark.parametrize("kernel, stride", [(3, 1), ((3, 1, 1), 1), ((3, 5, 1), 1), (3, (1, 2, 2))])
 def test_a_picture_takes_a_third_of_the_kernel(kernel, stride):
     "Without a stream one frame goes through a 2-D convolution: what the 3-D one says (an empty cache asks it), gradients too."
     torch.manual_seed(0)
